@@ -1,0 +1,1 @@
+"""What a device does: read its owner's text, train, personalize, keep its own."""

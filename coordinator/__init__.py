@@ -1,0 +1,1 @@
+"""What decides and remembers: rounds, cohorts, the update gate, the registry."""

@@ -1,0 +1,1 @@
+"""The same client and coordinator code, many clients, one machine."""

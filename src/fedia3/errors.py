@@ -1,0 +1,79 @@
+"""Every error fedia3 raises on purpose.
+
+    Fedia3Error
+    ├── BadInput               what was given cannot be used
+    │   ├── BadAdapter         an adapter's values or bytes: length, finiteness, header, keys
+    │   ├── BadData            a line of training data: file, line, what was expected
+    │   ├── BadTargets         IA3 targets that match nothing, or an unknown architecture
+    │   ├── BadSetting         an option outside its range
+    │   └── WrongBaseModel     two things that belong to different base models met
+    ├── NotFound               no such owner, version, run or base model
+    ├── Conflict               somebody else was first, or the same key names other bytes
+    ├── Corrupt                stored bytes do not match their digest
+    ├── NoGradient             training cannot move a vector, and names it
+    └── QuorumNotMet           too few usable replies before the round's deadline
+
+Messages say what was expected, what was found and what to do.
+"""
+
+
+class Fedia3Error(Exception):
+    """Root of the tree; ``exit_code`` is what the command line leaves with."""
+
+    exit_code = 1
+
+
+class BadInput(Fedia3Error):
+    """What was given cannot be used; nothing was changed."""
+
+    exit_code = 3
+
+
+class BadAdapter(BadInput):
+    """An adapter's values or bytes break the format."""
+
+
+class BadData(BadInput):
+    """A line of training data cannot be read."""
+
+
+class BadTargets(BadInput):
+    """IA3 targets match nothing, or the architecture is not known."""
+
+
+class BadSetting(BadInput):
+    """An option lies outside its range."""
+
+
+class WrongBaseModel(BadInput):
+    """Two things that belong to different base models met."""
+
+
+class NotFound(Fedia3Error):
+    """No such owner, version, run or base model."""
+
+    exit_code = 4
+
+
+class Conflict(Fedia3Error):
+    """Somebody else was first, or the same key names other bytes."""
+
+    exit_code = 5
+
+
+class Corrupt(Fedia3Error):
+    """Stored bytes do not match their digest; they are not served."""
+
+    exit_code = 6
+
+
+class NoGradient(Fedia3Error):
+    """Training cannot move a vector; the message names it."""
+
+    exit_code = 7
+
+
+class QuorumNotMet(Fedia3Error):
+    """Too few usable replies before the round's deadline; the round is not committed."""
+
+    exit_code = 8
