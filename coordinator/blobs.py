@@ -1,0 +1,180 @@
+"""Where adapters' bytes lie: content-addressed, so a digest names the same bytes for ever.
+
+The file store's order of steps (write aside, fsync, rename, fsync the folder) makes a blob that
+can be seen a blob that is whole: a crash leaves at most a file aside that nobody reads.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from fedia3.coordinator.records import checked_digest
+from fedia3.errors import BadSetting, Corrupt, Fedia3Error, NotFound
+
+_ASIDE = "tmp"
+
+
+class BlobStore(Protocol):
+    """Bytes by their sha256 in hex."""
+
+    def put(self, data: bytes) -> str:
+        """Keep the bytes and return their digest; when it returns they survive a crash.
+
+        Raises:
+            Fedia3Error: the disk refused the write; nothing was kept.
+        """
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """The bytes, checked against their digest.
+
+        Raises:
+            NotFound: there are none.
+            Corrupt: what is stored are other bytes.
+        """
+        ...
+
+    def has(self, digest: str) -> bool:
+        """Whether something is stored under this digest; it is not read."""
+        ...
+
+    def digests(self) -> Iterator[str]:
+        """Every stored digest, in no order."""
+        ...
+
+
+class MemoryBlobs:
+    """Blobs in a dictionary, for tests and trial runs."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, bytes] = {}
+
+    def put(self, data: bytes) -> str:
+        """See :meth:`BlobStore.put`."""
+        digest = _sha256(data)
+        self._blobs[digest] = data
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """See :meth:`BlobStore.get`."""
+        if digest not in self._blobs:
+            raise _no_blob(digest)
+        return _verified(self._blobs[digest], digest)
+
+    def has(self, digest: str) -> bool:
+        """See :meth:`BlobStore.has`."""
+        return digest in self._blobs
+
+    def digests(self) -> Iterator[str]:
+        """See :meth:`BlobStore.digests`."""
+        return iter(tuple(self._blobs))
+
+
+class FileBlobs:
+    """Blobs as files ``aa/bb/<sha256>`` under ``root``, whose first four digits are ``aabb``.
+
+    Raises:
+        BadSetting: ``root`` cannot be created or is not a folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        try:
+            (root / _ASIDE).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadSetting(
+                f"cannot keep adapters in {root}: {error.strerror}; choose a folder you can write"
+            ) from error
+        self._root = root.resolve()
+
+    def put(self, data: bytes) -> str:
+        """See :meth:`BlobStore.put`; bytes damaged at rest are replaced by the good ones."""
+        digest = _sha256(data)
+        path = self._path(digest)
+        try:
+            if not self._holds(path, data):
+                self._write(path, data)
+            # Also where the file was there already: whoever renamed it may have died before this.
+            for folder in (path.parent, path.parent.parent, self._root):
+                _sync(folder)
+        except OSError as error:
+            raise Fedia3Error(
+                f"cannot write an adapter of {len(data)} bytes to {self._root}: {error.strerror}; "
+                "nothing was published, make room or fix the folder and try again"
+            ) from error
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """See :meth:`BlobStore.get`."""
+        path = self._path(digest)
+        try:
+            return _verified(_read(path), digest)
+        except FileNotFoundError as error:
+            raise _no_blob(digest) from error
+        except OSError as error:
+            raise Fedia3Error(f"cannot read {path}: {error.strerror}") from error
+
+    def has(self, digest: str) -> bool:
+        """See :meth:`BlobStore.has`."""
+        return self._path(digest).is_file()
+
+    def digests(self) -> Iterator[str]:
+        """See :meth:`BlobStore.digests`."""
+        return (path.name for path in self._root.glob("??/??/" + "?" * 64) if path.is_file())
+
+    def _path(self, digest: str) -> Path:
+        checked_digest(digest, "a blob's name")
+        path = self._root / digest[:2] / digest[2:4] / digest
+        # A link could make us serve, or overwrite, what lies outside the store.
+        for step in (path, path.parent, path.parent.parent):
+            if step.is_symlink():
+                raise Corrupt(f"{step} is a symbolic link, expected it in the store; remove it")
+        return path
+
+    def _holds(self, path: Path, data: bytes) -> bool:
+        return path.is_file() and _read(path) == data
+
+    def _write(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(dir=self._root / _ASIDE)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(aside).replace(path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _verified(data: bytes, digest: str) -> bytes:
+    if (got := _sha256(data)) != digest:
+        raise Corrupt(
+            f"blob {digest[:12]} holds bytes of digest {got[:12]}; it is not served, "
+            "restore it from a backup or publish it again"
+        )
+    return data
+
+
+def _no_blob(digest: str) -> NotFound:
+    return NotFound(f"no blob {digest[:12]} is stored")
+
+
+def _read(path: Path) -> bytes:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return file.read()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

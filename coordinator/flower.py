@@ -1,0 +1,165 @@
+"""Rounds over Flower: our own loop on the public ``Grid``, one message per client and round.
+
+A request carries the global adapter as ONE flat float32 array (Flower's cost is per array: 400
+arrays took fifteen times as long as one) and one config record; fedia3.client.flower is its other
+end. Flower's ``Strategy.start`` is not used: it cannot resume, holds all replies in memory and dies
+of one malformed reply.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import zip_longest
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid, ServerApp
+
+from fedia3.adapters.update import TrainingPlan, TrainRequest
+from fedia3.coordinator.gate import Reply
+from fedia3.coordinator.rounds import Fleet
+from fedia3.errors import BadSetting
+
+POLL_S = 0.25
+CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}", re.ASCII)
+
+
+class FlowerFleet:
+    """The devices behind a Flower ``Grid``; a node's registered name is its client's id."""
+
+    def __init__(self, grid: Grid, poll_s: float = POLL_S) -> None:
+        self._grid = grid
+        self._poll_s = poll_s
+        self._nodes: dict[str, int] = {}
+
+    def population(self) -> Sequence[str]:
+        """The clients online now.
+
+        Raises:
+            BadSetting: two nodes are registered under one name.
+        """
+        self._nodes = nodes_by_client(self._grid.get_nodes())
+        return tuple(self._nodes)
+
+    def ask(self, requests: Sequence[TrainRequest], deadline_s: float | None) -> Iterator[Reply]:
+        """Send one message per request; yield the replies as they come, until ``deadline_s``.
+
+        The deadline is also each message's time to live: a device that comes back later finds
+        nothing to do rather than a stale round.
+        """
+        ends = time.monotonic() + deadline_s if deadline_s else float("inf")
+        asked: dict[str, str] = {}  # message id -> client
+        for client, message_id in self._push(requests, deadline_s):
+            if message_id:
+                asked[message_id] = client
+            else:
+                yield Reply(client, failure="the coordinator could not send the request")
+        yield from self._pull(asked, ends)
+
+    def _push(
+        self, requests: Sequence[TrainRequest], ttl_s: float | None
+    ) -> Iterator[tuple[str, str | None]]:
+        """Client and message id of each request; None where it could not be sent."""
+        online = [r for r in requests if r.client in self._nodes]
+        yield from ((r.client, None) for r in requests if r.client not in self._nodes)
+        messages = [request_message(r, self._nodes[r.client], ttl_s) for r in online]
+        # Flower gives None for a message it did not take, and no ids at all if all were too large
+        ids: Iterable[str | None] = self._grid.push_messages(messages)
+        yield from zip_longest((r.client for r in online), ids)
+
+    def _pull(self, asked: Mapping[str, str], ends: float) -> Iterator[Reply]:
+        # answered ids are asked for no more: Flower would answer them with an error
+        waiting = dict(asked)
+        while waiting and (left := ends - time.monotonic()) > 0:
+            messages = list(self._grid.pull_messages(list(waiting)))
+            for message in messages:
+                # not by the sender: Flower answers for a lost node as node 1
+                request_id = message.metadata.reply_to_message_id
+                if request_id in asked:
+                    waiting.pop(request_id, None)
+                    yield reply_of(message, asked[request_id])
+            if not messages:
+                time.sleep(min(self._poll_s, left))
+
+
+def server_app(campaign: Callable[[Fleet], object]) -> ServerApp:
+    """A Flower ServerApp that runs ``campaign``, mostly rounds.run_rounds, on the run's devices."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:  # noqa: ARG001  # Flower's signature
+        campaign(FlowerFleet(grid))
+
+    return app
+
+
+def nodes_by_client(nodes: Iterable[NodeInfo]) -> dict[str, int]:
+    """Node ids by client: the node's registered name, or its number where it has none.
+
+    Raises:
+        BadSetting: two nodes are registered under one name.
+    """
+    found: dict[str, int] = {}
+    for node in nodes:
+        client = node.name or str(node.node_id)
+        if client in found:
+            raise BadSetting(
+                f"two devices online are registered as {client!r} (nodes {found[client]} and "
+                f"{node.node_id}); unregister one of them"
+            )
+        found[client] = node.node_id
+    return found
+
+
+def request_message(request: TrainRequest, node_id: int, ttl_s: float | None) -> Message:
+    """The request on the wire; the client's id stays behind, its node knows who it is."""
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({"ia3": Array(np.asarray(request.vector, dtype=np.float32))}),
+            "config": ConfigRecord(
+                {
+                    "round": request.round_num,
+                    "seed": request.seed,
+                    "schema": request.schema_digest,
+                    **_plan_fields(request.plan),
+                }
+            ),
+        }
+    )
+    return Message(content, node_id, MessageType.TRAIN, ttl=ttl_s, group_id=str(request.round_num))
+
+
+def _plan_fields(plan: TrainingPlan) -> dict[str, int | float]:
+    # a config record cannot say None: an absent field is one
+    return {f"plan.{name}": value for name, value in asdict(plan).items() if value is not None}
+
+
+def reply_of(message: Message, client: str) -> Reply:
+    """What a message says, whatever it says: the gate judges it."""
+    if message.has_error():
+        return Reply(client, failure=_failure(message))
+    try:
+        return _read_reply(message.content, client)
+    except Exception as error:  # a device's bytes may break Flower's decoding in any way
+        return Reply(client, failure=f"the reply cannot be read ({type(error).__name__})")
+
+
+def _failure(message: Message) -> str:
+    """Flower's error code and the error's class; free text may hold what is on the device."""
+    reason = message.error.reason or ""
+    named = f": {reason}" if CLASS_NAME.fullmatch(reason) else ""
+    return f"the device reported a failure (code {message.error.code}){named}"
+
+
+def _read_reply(content: RecordDict, client: str) -> Reply:
+    config, metrics = content["config"], dict(content["metrics"])
+    return Reply(
+        client,
+        round_num=config["round"],
+        schema_digest=config["schema"],
+        delta=content.array_records["arrays"]["delta"].numpy(),
+        num_examples=metrics.pop("num-examples"),
+        metrics=metrics,
+    )

@@ -1,0 +1,15 @@
+"""Run by Alembic for each of its commands, on the connection that the caller opened."""
+
+from alembic import context
+
+from fedia3.coordinator.migrations import VERSION_TABLE
+from fedia3.coordinator.stores.sql import Table
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Table.metadata,
+    version_table=VERSION_TABLE,
+    render_as_batch=True,  # SQLite changes a table by rebuilding it
+)
+with context.begin_transaction():
+    context.run_migrations()

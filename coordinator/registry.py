@@ -1,0 +1,293 @@
+"""The registry: every published adapter, everyone's and each user's, and the rounds they came from.
+
+The rules are here, the same for every store. Blob first, database second, acknowledgement last: a
+crash in between leaves bytes that nobody refers to, never a version without its bytes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedia3.adapters import encoding
+from fedia3.adapters.adapter import Adapter, PersonalAdapter
+from fedia3.adapters.schema import Schema
+from fedia3.coordinator.blobs import BlobStore, FileBlobs, MemoryBlobs
+from fedia3.coordinator.records import (
+    AdapterDraft,
+    AdapterRecord,
+    Contribution,
+    Owner,
+    OwnerKind,
+    RoundCommit,
+    RoundRecord,
+    checked_name,
+)
+from fedia3.coordinator.store import Store
+from fedia3.coordinator.stores.memory import MemoryStore
+from fedia3.errors import BadAdapter, BadSetting, Corrupt, NotFound
+
+Clock = Callable[[], datetime]
+
+
+@dataclass(frozen=True)
+class Effective:
+    """What one user is served: the newest global adapter, with their own part on it if any."""
+
+    adapter: Adapter
+    everyone: AdapterRecord
+    personal: AdapterRecord | None
+
+    @property
+    def record(self) -> AdapterRecord:
+        """The version that speaks for the user: their own, else everyone's."""
+        return self.personal or self.everyone
+
+
+def utc_now() -> datetime:
+    """The time of this machine's clock."""
+    return datetime.now(UTC)
+
+
+class Registry:
+    """Adapters by owner and base model, and the rounds of one federation.
+
+    Any call may also raise the store's and the blob store's errors: ``Conflict`` while another
+    process holds the database too long, ``Corrupt`` for damaged files, ``Fedia3Error`` for a disk
+    that refuses.
+    """
+
+    def __init__(self, store: Store, blobs: BlobStore, clock: Clock = utc_now) -> None:
+        self.store = store
+        self.blobs = blobs
+        self._clock = clock
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The registry in ``folder``: ``registry.db`` beside ``blobs/``, created where it is new.
+
+        Raises:
+            BadSetting: the folder cannot be created or written.
+            BadInput: its database is no registry's, or a newer fedia3 wrote it.
+        """
+        from fedia3.coordinator.stores.sql import (  # noqa: PLC0415 slow, unused in memory
+            SqlStore,
+        )
+
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadSetting(
+                f"cannot keep a registry in {folder}: {error.strerror}; choose a folder you can "
+                "write"
+            ) from error
+        return cls(SqlStore.at(folder / "registry.db"), FileBlobs(folder / "blobs"))
+
+    @classmethod
+    def in_memory(cls, clock: Clock = utc_now) -> Self:
+        """A registry that forgets at exit."""
+        return cls(MemoryStore(), MemoryBlobs(), clock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        self.store.close()
+
+    def publish_global(
+        self,
+        adapter: Adapter,
+        *,
+        round_num: int = 0,
+        num_examples: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        idem_key: str | None = None,
+    ) -> AdapterRecord:
+        """Publish everyone's adapter outside of a round, such as one trained elsewhere.
+
+        Raises:
+            BadInput: a count or the metrics are not sound.
+            Conflict: ``idem_key`` already names other bytes.
+        """
+        draft = self._draft_global(adapter, round_num, num_examples, metrics or {})
+        return self._publish(draft, idem_key)
+
+    def publish_personal(
+        self,
+        user: str,
+        personal: PersonalAdapter,
+        *,
+        num_examples: int,
+        metrics: Mapping[str, float] | None = None,
+        idem_key: str | None = None,
+    ) -> AdapterRecord:
+        """Publish a user's own part; with ``idem_key`` a repeated call publishes once.
+
+        Raises:
+            BadInput: the name, a count or the metrics are not sound.
+            NotFound: the global version it was trained on was never published for this base.
+            BadAdapter: that global version scales other targets.
+            Conflict: ``idem_key`` already names other bytes.
+        """
+        owner, schema = Owner.user(user), personal.schema
+        trained_on = self._global_version(personal)
+        draft = AdapterDraft(
+            owner=owner,
+            form="personal",
+            digest=self.blobs.put(encoding.encode_personal(personal)),
+            schema_digest=schema.digest,
+            base=schema.base_digest,
+            round_num=trained_on.round_num,
+            num_examples=num_examples,
+            metrics=metrics or {},
+            parent=self._latest_digest(owner, schema.base_digest),
+            global_digest=trained_on.digest,
+        )
+        return self._publish(draft, idem_key)
+
+    def commit_round(
+        self,
+        round_num: int,
+        state: bytes,
+        adapter: Adapter,
+        contributions: Sequence[Contribution] = (),
+        metrics: Mapping[str, float] | None = None,
+    ) -> AdapterRecord:
+        """Keep a finished round whole: server state, everyone's new adapter, who took part.
+
+        The first round may have any number, later ones follow without a gap.
+
+        Raises:
+            Conflict: another round is next; somebody else committed this one.
+            WrongBaseModel: earlier rounds trained another base model.
+            BadInput: a client is listed twice, or the metrics are not sound.
+        """
+        num_examples = sum(c.num_examples for c in contributions if c.verdict == "accepted")
+        draft = self._draft_global(adapter, round_num, num_examples, metrics or {})
+        commit = RoundCommit(round_num, state, draft, tuple(contributions), metrics or {})
+        return self.store.commit_round(commit, self._now())
+
+    def fetch(
+        self, owner: Owner, base: str, version: int | None = None
+    ) -> tuple[AdapterRecord, bytes]:
+        """A version, the latest where none is named, and its bytes.
+
+        Raises:
+            NotFound: the owner has no such version on this base.
+            Corrupt: the version is known, but its bytes are damaged or gone.
+        """
+        record = self.store.find(owner, base, version)
+        return record, self._bytes_of(record)
+
+    def latest_global(self, schema: Schema) -> tuple[AdapterRecord, Adapter]:
+        """Everyone's newest adapter.
+
+        Raises:
+            NotFound: none was published for this base.
+            Corrupt: its bytes are damaged or gone.
+        """
+        record, data = self.fetch(Owner.everyone(), schema.base_digest)
+        return record, encoding.decode(data, schema)
+
+    def resolve(self, user: str, schema: Schema, alpha: float = 1.0) -> Effective:
+        """What this user is served: ``global + alpha * delta``, on the newest global.
+
+        A user who never published is served everyone's adapter.
+
+        Raises:
+            NotFound: there is no global adapter for this base yet.
+            Corrupt: the bytes of either part are damaged or gone.
+        """
+        everyone, global_adapter = self.latest_global(schema)
+        try:
+            record, data = self.fetch(Owner.user(user), schema.base_digest)
+        except NotFound:
+            return Effective(global_adapter, everyone, personal=None)
+        personal = encoding.decode_personal(data, schema)
+        return Effective(personal.on(global_adapter, alpha), everyone, record)
+
+    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
+        """All of an owner's versions, newest first; empty for an owner who has none."""
+        return self.store.versions(owner, base)
+
+    def owners(
+        self, kind: OwnerKind, after: str | None = None, limit: int = 100
+    ) -> tuple[Owner, ...]:
+        """A page of owners by name, from behind ``after`` on.
+
+        Raises:
+            BadSetting: the limit is not positive.
+        """
+        return self.store.owners(kind, after, limit)
+
+    def latest_round(self) -> RoundRecord | None:
+        """The last committed round, None before the first."""
+        return self.store.latest_round()
+
+    def server_state(self) -> bytes | None:
+        """The state to go on from, None before the first round."""
+        return self.store.server_state()
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """All rounds, oldest first."""
+        return self.store.rounds()
+
+    def _publish(self, draft: AdapterDraft, idem_key: str | None) -> AdapterRecord:
+        if idem_key is not None:
+            idem_key = checked_name(idem_key, "an idempotency key")
+        return self.store.publish(draft, self._now(), idem_key)
+
+    def _draft_global(
+        self, adapter: Adapter, round_num: int, num_examples: int, metrics: Mapping[str, float]
+    ) -> AdapterDraft:
+        return AdapterDraft(
+            owner=Owner.everyone(),
+            form="adapter",
+            digest=self.blobs.put(encoding.encode(adapter)),
+            schema_digest=adapter.schema.digest,
+            base=adapter.schema.base_digest,
+            round_num=round_num,
+            num_examples=num_examples,
+            metrics=metrics,
+            parent=self._latest_digest(Owner.everyone(), adapter.schema.base_digest),
+        )
+
+    def _global_version(self, personal: PersonalAdapter) -> AdapterRecord:
+        # Looked up outside of the write's transaction: global versions never go away.
+        base = personal.schema.base_digest
+        found = self.store.find_digest(Owner.everyone(), base, personal.global_digest)
+        if found.schema_digest != personal.schema.digest:
+            raise BadAdapter(
+                f"the personal adapter scales other targets than {found}, which it names; train "
+                "it on that version's schema"
+            )
+        return found
+
+    def _latest_digest(self, owner: Owner, base: str) -> str | None:
+        try:
+            return self.store.find(owner, base).digest
+        except NotFound:
+            return None
+
+    def _bytes_of(self, record: AdapterRecord) -> bytes:
+        try:
+            return self.blobs.get(record.digest)
+        except NotFound as error:
+            raise Corrupt(
+                f"the bytes of {record} are gone; restore blob {record.digest[:12]} from a backup"
+            ) from error
+
+    def _now(self) -> datetime:
+        now = self._clock()
+        return now.replace(microsecond=now.microsecond // 1000 * 1000)  # as fine as stores keep it

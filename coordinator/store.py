@@ -1,0 +1,155 @@
+"""The seam to what the registry remembers: metadata only, bytes lie in the blob store.
+
+A store is right when it passes ``tests/coordinator/test_store_contract.py``. What every backend
+has to decide inside its own transaction is written once, as pure functions, at the end.
+"""
+
+from datetime import datetime
+from typing import Protocol
+
+from fedia3.coordinator.records import (
+    AdapterDraft,
+    AdapterRecord,
+    Owner,
+    OwnerKind,
+    RoundCommit,
+    RoundRecord,
+)
+from fedia3.errors import BadSetting, Conflict, NotFound, WrongBaseModel
+
+
+class Store(Protocol):
+    """Versions of adapters by owner and base model, and the rounds of one federation.
+
+    Every call is one transaction; calls may come from several threads. Times are UTC in whole
+    milliseconds.
+    """
+
+    def publish(
+        self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+    ) -> AdapterRecord:
+        """Give the draft the owner's next version number and keep it.
+
+        A repeated ``idem_key`` (per owner and base) with the same digest returns the version
+        published first, so a client that lost the answer may ask again.
+
+        Raises:
+            Conflict: the key was used before, for other bytes.
+            NotFound: ``draft.parent`` is no version of this owner on this base.
+        """
+        ...
+
+    def commit_round(self, commit: RoundCommit, at: datetime) -> AdapterRecord:
+        """Keep server state, global version and contributions in one transaction.
+
+        Raises:
+            Conflict: this is not the round after the last one; somebody else committed it.
+            NotFound: the draft's parent is no global version of this base.
+            WrongBaseModel: earlier rounds trained another base model.
+        """
+        ...
+
+    def latest_round(self) -> RoundRecord | None:
+        """The last committed round, None before the first."""
+        ...
+
+    def server_state(self) -> bytes | None:
+        """The state that was committed with the last round, None before the first."""
+        ...
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """All rounds, oldest first."""
+        ...
+
+    def find(self, owner: Owner, base: str, version: int | None = None) -> AdapterRecord:
+        """One version, the latest where none is named.
+
+        Raises:
+            NotFound: the owner has no such version on this base.
+        """
+        ...
+
+    def find_digest(self, owner: Owner, base: str, digest: str) -> AdapterRecord:
+        """The owner's newest version that has these bytes.
+
+        Raises:
+            NotFound: none has.
+        """
+        ...
+
+    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
+        """All of an owner's versions, newest first; empty for an owner who has none."""
+        ...
+
+    def owners(
+        self, kind: OwnerKind, after: str | None = None, limit: int = 100
+    ) -> tuple[Owner, ...]:
+        """A page of owners in code point order of their names, from behind ``after`` on.
+
+        Raises:
+            BadSetting: the limit is not positive.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections; the store is not used afterwards."""
+        ...
+
+
+def require_next_round(last: RoundRecord | None, commit: RoundCommit) -> None:
+    """Rounds follow each other without a gap, from any number on, and train one base model.
+
+    Raises:
+        Conflict: another number is next.
+        WrongBaseModel: earlier rounds trained another base model.
+    """
+    if last is None:
+        return
+    if commit.draft.base != last.base:
+        raise WrongBaseModel(
+            f"the rounds of this registry train base model {last.base[:12]}, this commit is for "
+            f"{commit.draft.base[:12]}; open another registry for it"
+        )
+    if commit.round_num != last.round_num + 1:
+        raise Conflict(
+            f"round {last.round_num + 1} is next, got round {commit.round_num}; "
+            "load the server state anew and go on from there"
+        )
+
+
+def require_same_bytes(published: AdapterRecord, draft: AdapterDraft) -> AdapterRecord:
+    """The version an idempotency key already names, for a draft that repeats it.
+
+    Raises:
+        Conflict: the draft has other bytes.
+    """
+    if published.digest != draft.digest:
+        raise Conflict(
+            f"this idempotency key already names {published} with digest {published.digest[:12]}, "
+            f"got digest {draft.digest[:12]}; use a new key for new bytes"
+        )
+    return published
+
+
+def require_positive(limit: int) -> None:
+    """Pages hold at least one entry.
+
+    Raises:
+        BadSetting: this one would not.
+    """
+    if limit < 1:
+        raise BadSetting(f"a page's limit is at least 1, got {limit}")
+
+
+def no_version(owner: Owner, base: str, version: int | None) -> NotFound:
+    """The error for a version that is not there."""
+    wanted = "no adapter" if version is None else f"no version {version}"
+    return NotFound(f"{owner} has {wanted} for base model {base[:12]}; list what there is first")
+
+
+def no_digest(owner: Owner, base: str, digest: str) -> NotFound:
+    """The error for bytes that no version of the owner has."""
+    return NotFound(
+        f"no version of {owner} for base model {base[:12]} has digest {digest[:12]}; "
+        "publish it first, or name one that is there"
+    )

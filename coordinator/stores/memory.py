@@ -1,0 +1,129 @@
+"""A store that forgets at exit: the honest twin of the SQL store, for tests and trial runs."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from threading import Lock
+
+from fedia3.coordinator.records import (
+    AdapterDraft,
+    AdapterRecord,
+    Owner,
+    OwnerKind,
+    RoundCommit,
+    RoundRecord,
+)
+from fedia3.coordinator.store import (
+    no_digest,
+    no_version,
+    require_next_round,
+    require_positive,
+    require_same_bytes,
+)
+
+
+@dataclass
+class _Line:
+    """One owner's versions on one base, oldest first."""
+
+    records: list[AdapterRecord] = field(default_factory=list)
+    by_key: dict[str, AdapterRecord] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """Everything in dictionaries behind one lock; see :class:`fedia3.coordinator.store.Store`."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[Owner, str], _Line] = {}
+        self._rounds: list[RoundRecord] = []
+        self._state: bytes | None = None
+        self._lock = Lock()
+
+    def publish(
+        self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+    ) -> AdapterRecord:
+        """See :meth:`fedia3.coordinator.store.Store.publish`."""
+        with self._lock:
+            published = self._line(draft.owner, draft.base).by_key.get(idem_key or "")
+            if published is not None:
+                return require_same_bytes(published, draft)
+            record = self._append(draft, at)
+            if idem_key is not None:
+                self._lines[draft.owner, draft.base].by_key[idem_key] = record
+            return record
+
+    def commit_round(self, commit: RoundCommit, at: datetime) -> AdapterRecord:
+        """See :meth:`fedia3.coordinator.store.Store.commit_round`."""
+        with self._lock:
+            require_next_round(self._rounds[-1] if self._rounds else None, commit)
+            record = self._append(commit.draft, at)
+            self._rounds.append(
+                RoundRecord(
+                    round_num=commit.round_num,
+                    base=record.base,
+                    version=record.version,
+                    digest=record.digest,
+                    contributions=commit.contributions,
+                    metrics=commit.metrics,
+                    committed_at=at,
+                )
+            )
+            self._state = commit.state
+            return record
+
+    def latest_round(self) -> RoundRecord | None:
+        """See :meth:`fedia3.coordinator.store.Store.latest_round`."""
+        with self._lock:
+            return self._rounds[-1] if self._rounds else None
+
+    def server_state(self) -> bytes | None:
+        """See :meth:`fedia3.coordinator.store.Store.server_state`."""
+        with self._lock:
+            return self._state
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.rounds`."""
+        with self._lock:
+            return tuple(self._rounds)
+
+    def find(self, owner: Owner, base: str, version: int | None = None) -> AdapterRecord:
+        """See :meth:`fedia3.coordinator.store.Store.find`."""
+        for record in self.versions(owner, base):
+            if version in (None, record.version):
+                return record
+        raise no_version(owner, base, version)
+
+    def find_digest(self, owner: Owner, base: str, digest: str) -> AdapterRecord:
+        """See :meth:`fedia3.coordinator.store.Store.find_digest`."""
+        for record in self.versions(owner, base):
+            if record.digest == digest:
+                return record
+        raise no_digest(owner, base, digest)
+
+    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.versions`."""
+        with self._lock:
+            return tuple(reversed(self._line(owner, base).records))
+
+    def owners(
+        self, kind: OwnerKind, after: str | None = None, limit: int = 100
+    ) -> tuple[Owner, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.owners`."""
+        require_positive(limit)
+        with self._lock:
+            owners = {owner for owner, _base in self._lines if owner.kind == kind}
+        return tuple(sorted(o for o in owners if after is None or o.name > after)[:limit])
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _line(self, owner: Owner, base: str) -> _Line:
+        return self._lines.get((owner, base)) or _Line()
+
+    def _append(self, draft: AdapterDraft, at: datetime) -> AdapterRecord:
+        line = self._line(draft.owner, draft.base)
+        if draft.parent is not None and all(r.digest != draft.parent for r in line.records):
+            raise no_digest(draft.owner, draft.base, draft.parent)
+        record = AdapterRecord(**vars(draft), version=len(line.records) + 1, created_at=at)
+        line.records.append(record)
+        self._lines[draft.owner, draft.base] = line
+        return record

@@ -1,0 +1,112 @@
+"""The people of a simulation: their text, read, split and encoded for the base model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedia3.adapters.base_model import BaseModel
+from fedia3.client.data import Dataset, Example, read_jsonl
+from fedia3.client.splits import Split, majority_accuracy, split_users
+from fedia3.client.tasks import Seq2Seq, SequenceClassification, Task, task_for
+from fedia3.client.tokens import (
+    chat_renderer,
+    encode_all,
+    encode_classification,
+    encode_pair,
+)
+from fedia3.client.trainer import ClientExamples
+from fedia3.errors import BadData
+from fedia3.simulations.demo import demo_population
+from fedia3.simulations.settings import Settings
+
+LEAST_USERS = 2  # the control needs another user's adapter
+
+
+@dataclass(frozen=True)
+class People:
+    """Everybody who takes part, ready to train."""
+
+    clients: Mapping[str, ClientExamples[Any]]
+    majority: Mapping[str, float | None]  # accuracy of the user's most common label, if labelled
+    too_small: Mapping[str, int]  # users with too little text: how many examples they have
+    labelled: bool  # completions are labels or answers: exact matches mean something
+
+
+def read_people(settings: Settings, base: BaseModel) -> Dataset:
+    """The run's text by user, the demo population's where no data is named."""
+    if settings.data is not None:
+        return read_jsonl(
+            Path(settings.data),
+            settings.user_field,
+            order_field=settings.order_field,
+            skip_bad_lines=settings.skip_bad_lines,
+            render=chat_renderer(base.tokenizer),
+        )
+    rows = demo_population(settings.demo_users, settings.demo_texts)
+    users = sorted({row["user"] for row in rows})
+    return Dataset(
+        {u: tuple(Example.whole(r["text"]) for r in rows if r["user"] == u) for u in users}
+    )
+
+
+def digest_of(dataset: Dataset) -> str:
+    """sha256 (hex) of who wrote what in which order."""
+    content = {
+        user: [(e.text, e.learn) for e in theirs] for user, theirs in dataset.examples.items()
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(dataset: Dataset, settings: Settings, seed: int, base: BaseModel) -> People:
+    """Split by the plan and encode for the base; who is left without text on a side is too small.
+
+    Raises:
+        BadData: fewer than two users have enough text.
+    """
+    population = split_users(dataset.examples, replace(settings.split, seed=seed))
+    task = task_for(base.model, base.pad_id)
+    length = settings.training.max_length
+    encoded = {
+        user: _encoded(sides, task, base, length) for user, sides in population.splits.items()
+    }
+    clients = {u: e for u, e in sorted(encoded.items()) if e.train and e.validation and e.test}
+    if len(clients) < LEAST_USERS:
+        raise BadData(
+            f"expected at least {LEAST_USERS} users with enough text, got {len(clients)}: "
+            "the control compares each user with another one"
+        )
+    too_small = population.too_small | {
+        u: len(dataset.examples[u]) for u in encoded if u not in clients
+    }
+    return People(
+        clients,
+        {user: majority_accuracy(population.splits[user]) for user in clients},
+        too_small,
+        all(e.prompt_end for sides in population.splits.values() for e in sides.test),
+    )
+
+
+def _encoded(
+    sides: Split, task: Task[Any], base: BaseModel, max_length: int
+) -> ClientExamples[Any]:
+    return ClientExamples(
+        *(
+            _items(examples, task, base, max_length)
+            for examples in (sides.train, sides.validation, sides.test)
+        )
+    )
+
+
+def _items(
+    examples: Sequence[Example], task: Task[Any], base: BaseModel, max_length: int
+) -> Sequence[Any]:
+    if isinstance(task, Seq2Seq):
+        return [encode_pair(e, base.tokenizer, max_length) for e in examples]
+    if isinstance(task, SequenceClassification):
+        names = base.model.config.id2label
+        labels = [names[i] for i in sorted(names)]
+        return [encode_classification(e, base.tokenizer, labels, max_length) for e in examples]
+    return encode_all(examples, base.tokenizer, max_length).items

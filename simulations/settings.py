@@ -1,0 +1,142 @@
+"""What a simulation is asked to do, and the folder it keeps everything in."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedia3.adapters.update import TrainingPlan
+from fedia3.client.splits import SplitPlan
+from fedia3.errors import BadSetting, Corrupt, NotFound
+
+RUNS = Path("fedia3-runs")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A simulation: whose text, which base, how many rounds of how many clients."""
+
+    data: str | None = None  # JSONL file or folder; None = the embedded demo population
+    user_field: str = "user"
+    order_field: str | None = None  # sorts a user's texts; None = the file's order
+    skip_bad_lines: bool = False
+    base: str = "tiny"  # name, digest prefix or folder of a base model
+    demo_users: int = 24
+    demo_texts: int = 80  # of each demo user
+    rounds: int = 5
+    cohort: int = 12  # clients of a round
+    seeds: tuple[int, ...] = (0,)
+    split: SplitPlan = field(default_factory=SplitPlan)
+    training: TrainingPlan = field(
+        default_factory=lambda: TrainingPlan(learning_rate=1e-2, epochs=1)
+    )
+    personal: TrainingPlan = field(
+        default_factory=lambda: TrainingPlan(learning_rate=3e-2, epochs=8, patience=2)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "cohort"):
+            if getattr(self, name) < 1:
+                raise BadSetting(f"{name} is at least 1, got {getattr(self, name)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise BadSetting(f"seeds are different numbers, at least one, got {self.seeds}")
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> "Settings":
+        """What ``dataclasses.asdict`` took apart."""
+        values = {f.name: values[f.name] for f in fields(cls)}
+        values["seeds"] = tuple(values["seeds"])
+        values["split"] = SplitPlan(**values["split"])
+        values["training"] = TrainingPlan(**values["training"])
+        values["personal"] = TrainingPlan(**values["personal"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``run.json``, ``report.txt/json/png``, and for each seed a registry in ``seed-N/``."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, settings: Settings, path: Path | None = None) -> "RunFolder":
+        """A new folder for a new run.
+
+        Raises:
+            BadSetting: there is something in the folder already.
+        """
+        path = path or RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        if path.exists() and any(path.iterdir()):
+            raise BadSetting(
+                f"{path} is not empty; give --out a new folder, or continue that run with "
+                f"--resume {path}"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder._write({"settings": asdict(settings)})
+        return folder
+
+    @classmethod
+    def latest(cls) -> "RunFolder":
+        """The newest run below ``./fedia3-runs``.
+
+        Raises:
+            NotFound: there is none.
+        """
+        runs = sorted(path.parent for path in RUNS.glob("*/run.json"))
+        if not runs:
+            raise NotFound(f"no run in ./{RUNS}; start one with `fedia3 simulate`, or give --run")
+        return cls(runs[-1])
+
+    def settings(self) -> Settings:
+        """What the run was started with."""
+        try:
+            return Settings.from_fields(self._read()["settings"])
+        except (KeyError, TypeError) as error:
+            raise Corrupt(f"{self.path / 'run.json'} is not of this version: {error}") from error
+
+    def pin(self, name: str, digest: str) -> None:
+        """Remember the digest of something the run depends on, or check that it is the same.
+
+        Raises:
+            BadSetting: it has changed since the run was started.
+        """
+        facts = self._read()
+        known = facts.setdefault(name, digest)
+        if known != digest:
+            raise BadSetting(
+                f"the {name} changed since this run was started ({known[:12]} then, "
+                f"{digest[:12]} now); put it back, or start a new run"
+            )
+        self._write(facts)
+
+    def pinned(self, name: str) -> str:
+        """The digest :meth:`pin` remembered.
+
+        Raises:
+            NotFound: the run was stopped before it got that far.
+        """
+        facts = self._read()
+        if name not in facts:
+            raise NotFound(f"{self.path} has not begun; `fedia3 simulate --resume {self.path}`")
+        return str(facts[name])
+
+    def registry(self, seed: int) -> Path:
+        """The folder of one seed's registry."""
+        return self.path / f"seed-{seed}"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            raise NotFound(f"{self.path} holds no run: there is no run.json in it") from None
+        except ValueError as error:
+            raise Corrupt(f"{self.path / 'run.json'} cannot be read: {error}") from error
+        return facts
+
+    def _write(self, facts: Mapping[str, Any]) -> None:
+        draft = self.path / "run.json.draft"
+        draft.write_text(json.dumps(facts, indent=1))
+        draft.replace(self.path / "run.json")

@@ -1,0 +1,120 @@
+import logging
+
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    Metadata,
+    RecordDict,
+)
+
+from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
+from fedia3.client.flower import client_app, read_request
+from fedia3.errors import BadAdapter, BadInput, BadSetting
+
+CONFIG = {"round": 3, "seed": 7, "schema": "5c", "plan.learning_rate": 0.02, "plan.max_steps": 4}
+
+
+def message(vector: object = (1.0, 2.0), **config: object) -> Message:
+    """A train message as the coordinator sends it; a config field of None is left out."""
+    fields = {k: v for k, v in {**CONFIG, **config}.items() if v is not None}
+    content = RecordDict({"config": ConfigRecord(fields)})  # type: ignore[arg-type]  # any field
+    if vector is not None:
+        array = vector if isinstance(vector, Array) else Array(np.asarray(vector, np.float32))
+        content["arrays"] = ArrayRecord({"ia3": array})
+    return _from_the_wire(content)
+
+
+def _from_the_wire(content: RecordDict) -> Message:
+    metadata = Metadata(
+        run_id=1, message_id="7", src_node_id=1, dst_node_id=2, reply_to_message_id="",
+        group_id="3", created_at=0.0, ttl=60.0, message_type=MessageType.TRAIN,
+    )  # fmt: skip
+    return Message(content, metadata=metadata)  # type: ignore[call-overload]  # Flower's own way
+
+
+def node(**config: str) -> Context:
+    """The context of a node that was started with ``config``."""
+    return Context(1, 2, dict(config), RecordDict(), {})
+
+
+class Doubler:
+    """Answers with a delta that doubles what it was sent."""
+
+    def train(self, request: TrainRequest) -> ClientUpdate:
+        return ClientUpdate(request.vector, 5, {"loss_mean": 0.5, "of": float(request.seed)})
+
+
+class Blabber:
+    """Fails with a person's words in the exception's text and in its cause."""
+
+    def train(self, request: TrainRequest) -> ClientUpdate:
+        try:
+            raise FileNotFoundError("/home/alice/diary.txt")
+        except FileNotFoundError as error:
+            raise RuntimeError("Dear diary, nobody must know") from error
+
+
+def test_a_request_is_read_as_it_was_sent():
+    """Vector, round, seed, schema and plan; what the plan leaves out has its default."""
+    request = read_request(message(), "alice")
+    assert request.vector.tolist() == [1.0, 2.0]
+    assert (request.client, request.round_num, request.seed) == ("alice", 3, 7)
+    assert request.schema_digest == "5c"
+    assert request.plan == TrainingPlan(learning_rate=0.02, max_steps=4)
+
+
+def test_the_reply_is_one_float32_array_with_metrics_and_what_it_is_for():
+    """The delta goes back beside the number of examples, the round and the schema."""
+    reply = client_app(Doubler())(message(), node(client="alice"))
+    arrays, metrics, config = (reply.content[k] for k in ("arrays", "metrics", "config"))
+    assert list(arrays) == ["delta"]
+    assert arrays["delta"].numpy().tolist() == [1.0, 2.0]
+    assert arrays["delta"].dtype == "float32"
+    assert dict(metrics) == {"num-examples": 5, "loss_mean": 0.5, "of": 7.0}
+    assert dict(config) == {"round": 3, "schema": "5c"}
+    assert reply.metadata.reply_to_message_id == "7"
+
+
+def test_nothing_an_exception_says_leaves_the_device(caplog):
+    """The reply names the failure's class; words and paths go to the device's own log alone."""
+    with caplog.at_level(logging.ERROR):
+        reply = client_app(Blabber())(message(), node(client="alice"))
+    assert reply.error.reason == "RuntimeError"
+    sent = repr(reply)
+    assert not any(word in sent for word in ("diary", "nobody", "alice", "Traceback"))
+    assert "Dear diary" in caplog.text
+
+
+def test_a_node_without_a_client_answers_with_an_error():
+    """A node that nobody named trains for nobody."""
+    reply = client_app(Doubler())(message(), node())
+    assert reply.error.reason == "BadSetting"
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "says"),
+    [
+        (message(vector=None), BadInput, "no 'arrays'"),
+        (message(vector=Array("float32", (2,), "numpy.ndarray", b"junk")), BadAdapter, "no array"),
+        (message(vector=Array(np.ones(2))), BadAdapter, "got float64"),
+        (message(vector=[[1.0]]), BadAdapter, r"got float32 \(1, 1\)"),
+        (message(vector=[1.0, np.nan]), BadAdapter, "1 of 2 are not finite"),
+        (message(round="3"), BadInput, "round as int, got str"),
+        (message(round=True), BadInput, "round as int, got bool"),
+        (message(seed=None), BadInput, "seed as int, got NoneType"),
+        (message(schema=b"5c"), BadInput, "schema as str, got bytes"),
+        (message(**{"plan.learning_rate": 7.0}), BadSetting, "learning_rate"),
+        (message(**{"plan.epochs": "many"}), BadSetting, "cannot follow the training plan"),
+        (message(**{"plan.dropout": 0.1}), BadSetting, "dropout"),
+    ],
+)
+def test_a_malformed_request_is_refused(sent, error, says):
+    """Every part of a message is checked before the trainer sees it."""
+    with pytest.raises(error, match=says):
+        read_request(sent, "alice")

@@ -1,0 +1,196 @@
+from io import BytesIO
+
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+
+from fedia3.adapters.update import TrainingPlan, TrainRequest
+from fedia3.client.flower import read_request
+from fedia3.coordinator.flower import FlowerFleet, nodes_by_client, request_message
+from fedia3.coordinator.gate import Reply
+from fedia3.errors import BadSetting
+from fedia3.simulations.grid import LocalGrid
+
+
+def request(client: str = "alice") -> TrainRequest:
+    """A request of two scales."""
+    plan = TrainingPlan(learning_rate=0.5, max_steps=3)
+    return TrainRequest(client, 3, 2**63 - 1, np.array([1, 2], np.float32), "5c", plan)
+
+
+class LossyGrid(LocalGrid):
+    """Loses what is sent to some clients: refuses it, or never answers, or answers twice."""
+
+    def __init__(self, *nodes: str) -> None:
+        super().__init__(answering(content()), nodes)
+
+    def push_messages(self, messages):
+        ids = list(super().push_messages(messages))
+        return [
+            None if self._client_of(message) == "refused" else i
+            for i, message in zip(ids, messages, strict=True)
+        ]
+
+    def pull_messages(self, message_ids):
+        names = {i: self._client_of(m) for i, m in self._queue.items()}
+        replies = list(super().pull_messages(i for i in message_ids if names.get(i) != "silent"))
+        twice = [r for r in replies if names[r.metadata.reply_to_message_id] == "twice"]
+        return [*replies, *twice]
+
+
+def content(**records: object) -> RecordDict:
+    """A sound reply to :func:`request`, with some records replaced."""
+    sound = {
+        "arrays": ArrayRecord({"delta": Array(np.array([3, 4], np.float32))}),
+        "metrics": MetricRecord({"num-examples": 5, "loss_mean": 0.5}),
+        "config": ConfigRecord({"round": 3, "schema": "5c"}),
+    }
+    return RecordDict({k: v for k, v in {**sound, **records}.items() if v is not None})  # type: ignore[arg-type]  # any record
+
+
+def answering(answer: RecordDict | Error) -> ClientApp:
+    """A ClientApp that always gives one answer."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        return Message(answer, reply_to=message)
+
+    return app
+
+
+def replied(answer: RecordDict | Error) -> Reply:
+    """What the coordinator reads when a device answers so."""
+    fleet = FlowerFleet(LocalGrid(answering(answer), ["alice"]))
+    fleet.population()
+    (reply,) = fleet.ask([request()], None)
+    return reply
+
+
+def test_a_request_survives_the_wire():
+    """The device reads what the coordinator asked, fields that are not set included."""
+    LocalGrid(ClientApp(), [])  # messages can only be made in a Flower task
+    sent = request()
+    got = read_request(request_message(sent, node_id=2, ttl_s=9.0), "alice")
+    assert got.vector.tolist() == [1.0, 2.0]
+    assert (got.client, got.round_num, got.seed) == ("alice", 3, 2**63 - 1)
+    assert (got.schema_digest, got.plan) == ("5c", sent.plan)
+
+
+def test_a_request_is_one_array_that_lives_until_the_deadline():
+    """Flower's cost is per array, and a stale round must not be trained."""
+    LocalGrid(ClientApp(), [])
+    message = request_message(request(), node_id=2, ttl_s=9.0)
+    assert [len(record) for record in message.content.array_records.values()] == [1]
+    assert message.metadata.ttl == 9.0
+    assert message.metadata.message_type == MessageType.TRAIN
+
+
+def test_a_sound_reply_is_read_whole():
+    """Delta, examples, round, schema and metrics arrive as the device sent them."""
+    reply = replied(content())
+    assert isinstance(reply.delta, np.ndarray)
+    assert reply.delta.tolist() == [3.0, 4.0]
+    assert (reply.client, reply.round_num, reply.schema_digest) == ("alice", 3, "5c")
+    assert (reply.num_examples, reply.metrics) == (5, {"loss_mean": 0.5})
+    assert reply.failure is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        content(arrays=None),
+        content(metrics=None),
+        content(config=None),
+        content(arrays=ArrayRecord({"weights": Array(np.ones(2, np.float32))})),
+        content(arrays=ArrayRecord({"delta": Array("float32", (2,), "numpy.ndarray", b"junk")})),
+        content(arrays=ConfigRecord({"delta": 1})),
+        content(metrics=MetricRecord({"examples": 5})),
+        content(config=ConfigRecord({"round": 3})),
+        RecordDict(),
+    ],
+)
+def test_a_reply_that_cannot_be_read_is_a_failure_of_its_client(answer):
+    """Whatever is missing or broken, the reading does not raise."""
+    assert (replied(answer).failure or "").startswith("the reply cannot be read (")
+
+
+def test_a_pickle_is_not_opened():
+    """An array of objects would be code on the coordinator."""
+    evil = Array("object", (1,), "numpy.ndarray", _saved(np.array([{}], dtype=object)))
+    reply = replied(content(arrays=ArrayRecord({"delta": evil})))
+    assert reply.failure == "the reply cannot be read (ValueError)"
+
+
+def _saved(array: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("OutOfMemoryError", "the device reported a failure (code 2): OutOfMemoryError"),
+        ("No such file: /home/alice/diary.txt", "the device reported a failure (code 2)"),
+        ("x" * 1000, "the device reported a failure (code 2)"),
+        (None, "the device reported a failure (code 2)"),
+    ],
+)
+def test_of_a_devices_error_only_the_class_is_kept(reason, kept):
+    """An older or foreign ClientApp may send a whole traceback; it is not stored."""
+    assert replied(Error(2, reason)).failure == kept
+
+
+def test_lost_messages_leave_their_clients_out_and_the_others_in():
+    """Refused at sending is told; silence ends with the deadline; a second reply is passed on."""
+    fleet = FlowerFleet(LossyGrid("refused", "silent", "twice", "fine"), poll_s=0.01)
+    requests = [request(client) for client in fleet.population()]
+    replies = list(fleet.ask(requests, deadline_s=0.2))
+    assert [r.client for r in replies] == ["refused", "twice", "twice", "fine"]
+    assert replies[0].failure == "the coordinator could not send the request"
+    assert [r.failure for r in replies[1:]] == [None, None, None]
+
+
+def test_a_client_that_left_after_the_count_is_told_apart():
+    """A request for a client that is no longer online fails alone."""
+    fleet = FlowerFleet(LocalGrid(answering(content()), ["alice"]))
+    fleet.population()
+    replies = list(fleet.ask([request("bob"), request("alice")], None))
+    assert [(r.client, r.failure) for r in replies] == [
+        ("bob", "the coordinator could not send the request"),
+        ("alice", None),
+    ]
+
+
+def test_a_nodes_name_is_its_clients_id():
+    """A node that nobody registered by name goes by its number."""
+    nodes = [NodeInfo(node_id=5, name="alice"), NodeInfo(node_id=6)]
+    assert nodes_by_client(nodes) == {"alice": 5, "6": 6}
+
+
+def test_two_nodes_of_one_name_are_an_error():
+    """Nobody can tell whose update it would be."""
+    nodes = [NodeInfo(node_id=5, name="alice"), NodeInfo(node_id=6, name="alice")]
+    with pytest.raises(BadSetting, match=r"'alice' \(nodes 5 and 6\)"):
+        nodes_by_client(nodes)
+
+
+def test_a_reply_is_its_requests_whoever_sends_it():
+    """Flower answers for a lost node as node 1; the request says whose reply it is."""
+    grid = LocalGrid(answering(Error(5)), ["alice", "bob"])
+    fleet = FlowerFleet(grid)
+    fleet.population()
+    replies = fleet.ask([request("bob"), request("alice")], None)
+    assert [r.client for r in replies] == ["bob", "alice"]

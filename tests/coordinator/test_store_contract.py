@@ -1,0 +1,376 @@
+"""What every store promises; a new backend joins the ``store`` fixture and passes."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fedia3.coordinator.records import (
+    AdapterDraft,
+    AdapterRecord,
+    Contribution,
+    Owner,
+    RoundCommit,
+)
+from fedia3.coordinator.store import Store
+from fedia3.coordinator.stores.memory import MemoryStore
+from fedia3.coordinator.stores.sql import SqlStore
+from fedia3.errors import BadSetting, Conflict, NotFound, WrongBaseModel
+
+NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
+BASE, OTHER_BASE = "b" * 64, "c" * 64
+EVERYONE, ANNA, BOB = Owner.everyone(), Owner.user("anna"), Owner.user("bob")
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    store = MemoryStore() if request.param == "memory" else SqlStore.at(tmp_path / "registry.db")
+    yield store
+    store.close()
+
+
+def digest(number: int) -> str:
+    return f"{number:064x}"
+
+
+def draft(owner: Owner = EVERYONE, number: int = 1, **fields: object) -> AdapterDraft:
+    personal = owner.kind == "user"
+    plain = AdapterDraft(
+        owner=owner,
+        form="personal" if personal else "adapter",
+        digest=digest(number),
+        schema_digest="a" * 64,
+        base=BASE,
+        round_num=0,
+        num_examples=7,
+        metrics={"loss": 0.5},
+        global_digest=digest(99) if personal else None,
+    )
+    return replace(plain, **fields)  # type: ignore[arg-type]  # the test names real fields
+
+
+def commit(round_num: int, number: int | None = None, **fields: object) -> RoundCommit:
+    number = round_num if number is None else number
+    plain = RoundCommit(
+        round_num=round_num,
+        state=f"state {round_num}".encode(),
+        draft=draft(number=number, round_num=round_num),
+        contributions=(
+            Contribution("zoe", "accepted", num_examples=4, norm=0.25, metrics={"loss": 1.5}),
+            Contribution("adam", "rejected", reason="not finite"),
+            Contribution("mia", "missing", reason="deadline"),
+        ),
+        metrics={"loss": 2.5},
+    )
+    return replace(plain, **fields)  # type: ignore[arg-type]  # the test names real fields
+
+
+def test_an_owners_versions_count_from_one(store: Store) -> None:
+    """
+    The first publish is version 1, the second version 2.
+    """
+    assert store.publish(draft(ANNA, 1), NOON).version == 1
+    assert store.publish(draft(ANNA, 2), NOON).version == 2
+
+
+def test_owners_and_bases_count_apart(store: Store) -> None:
+    """
+    Another owner, or the same owner on another base model, starts at version 1 again.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    assert store.publish(draft(BOB, 2), NOON).version == 1
+    assert store.publish(draft(ANNA, 3, base=OTHER_BASE), NOON).version == 1
+
+
+def test_a_user_named_like_nobody_is_not_everyone(store: Store) -> None:
+    """
+    A user may be called "global" without getting everyone's adapter.
+    """
+    store.publish(draft(EVERYONE, 1), NOON)
+    with pytest.raises(NotFound):
+        store.find(Owner.user("global"), BASE)
+
+
+def test_a_record_comes_back_as_it_was_published(store: Store) -> None:
+    """
+    Every field survives the store, the time to the millisecond.
+    """
+    at = NOON + timedelta(milliseconds=3)
+    store.publish(draft(ANNA, 1), NOON)
+    second = draft(ANNA, 2, parent=digest(1), metrics={"b": 0.1, "a": -3.0}, num_examples=2**63 - 1)
+    published = store.publish(second, at)
+    assert published == AdapterRecord(**vars(second), version=2, created_at=at)
+    assert store.find(ANNA, BASE, 2) == published
+
+
+def test_find_gives_the_latest_version_unless_one_is_named(store: Store) -> None:
+    """
+    After two publishes, find without a version gives the second, and version 1 is still there.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(ANNA, 2), NOON)
+    assert store.find(ANNA, BASE).digest == digest(2)
+    assert store.find(ANNA, BASE, 1).digest == digest(1)
+
+
+@pytest.mark.parametrize("version", [0, -1, 2, 2**63, 10**30])
+def test_a_version_that_never_was_is_not_found(store: Store, version: int) -> None:
+    """
+    Zero, negative, future and absurd version numbers are all simply not there.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    with pytest.raises(NotFound, match=f"user 'anna' has no version {version} "):
+        store.find(ANNA, BASE, version)
+
+
+def test_an_owner_without_versions_is_not_found(store: Store) -> None:
+    """
+    An owner who published for another base only has nothing for this one.
+    """
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), NOON)
+    with pytest.raises(NotFound, match="user 'anna' has no adapter"):
+        store.find(ANNA, BASE)
+    assert store.versions(ANNA, BASE) == ()
+
+
+def test_versions_are_listed_newest_first(store: Store) -> None:
+    """
+    Three publishes are listed as 3, 2, 1.
+    """
+    for number in (1, 2, 3):
+        store.publish(draft(ANNA, number), NOON)
+    assert [record.version for record in store.versions(ANNA, BASE)] == [3, 2, 1]
+
+
+def test_a_digest_finds_the_newest_version_with_these_bytes(store: Store) -> None:
+    """
+    Bytes published as version 1 and again as version 3 are found as version 3.
+    """
+    for number in (1, 2, 1):
+        store.publish(draft(ANNA, number), NOON)
+    assert store.find_digest(ANNA, BASE, digest(1)).version == 3
+
+
+def test_a_digest_of_another_owner_is_not_found(store: Store) -> None:
+    """
+    Nobody learns from a digest what another owner published.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    with pytest.raises(NotFound):
+        store.find_digest(BOB, BASE, digest(1))
+
+
+def test_a_version_may_continue_any_earlier_version_of_its_owner(store: Store) -> None:
+    """
+    Version 3 may name version 1 as its parent.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(ANNA, 2), NOON)
+    assert store.publish(draft(ANNA, 3, parent=digest(1)), NOON).parent == digest(1)
+
+
+@pytest.mark.parametrize("owner, base", [(BOB, BASE), (ANNA, OTHER_BASE)])
+def test_a_parent_of_another_line_is_refused(store: Store, owner: Owner, base: str) -> None:
+    """
+    A parent that belongs to another owner or another base is refused, and costs no number.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    with pytest.raises(NotFound):
+        store.publish(draft(owner, 2, base=base, parent=digest(1)), NOON)
+    assert store.publish(draft(owner, 2, base=base), NOON).version == 1
+
+
+def test_a_repeated_key_publishes_once(store: Store) -> None:
+    """
+    The same key with the same bytes returns the version and the time of the first call.
+    """
+    first = store.publish(draft(ANNA, 1), NOON, idem_key="k")
+    again = store.publish(draft(ANNA, 1), NOON + timedelta(hours=1), idem_key="k")
+    assert again == first
+    assert len(store.versions(ANNA, BASE)) == 1
+
+
+def test_a_repeated_key_with_other_bytes_is_a_conflict(store: Store) -> None:
+    """
+    A key names the bytes it was first used for, for ever.
+    """
+    store.publish(draft(ANNA, 1), NOON, idem_key="k")
+    with pytest.raises(Conflict, match="use a new key"):
+        store.publish(draft(ANNA, 2), NOON, idem_key="k")
+
+
+def test_keys_of_two_owners_do_not_meet(store: Store) -> None:
+    """
+    Two owners may use the same key for different bytes.
+    """
+    store.publish(draft(ANNA, 1), NOON, idem_key="k")
+    assert store.publish(draft(BOB, 2), NOON, idem_key="k").digest == digest(2)
+
+
+def test_publishing_twice_without_a_key_makes_two_versions(store: Store) -> None:
+    """
+    Same bytes, no key: versions 1 and 2.
+    """
+    assert [store.publish(draft(ANNA, 1), NOON).version for _ in range(2)] == [1, 2]
+
+
+def test_owners_come_in_pages_by_name(store: Store) -> None:
+    """
+    Names are ordered by code point, each page begins behind the last name of the page before.
+    """
+    for name in ("b", "a", "B", "ä", "a_c", "a%c", "😀", "\uffff"):
+        store.publish(draft(Owner.user(name), 1), NOON)
+    first = store.owners("user", limit=5)
+    second = store.owners("user", after=first[-1].name, limit=5)
+    assert [o.name for o in first] == ["B", "a", "a%c", "a_c", "b"]
+    assert [o.name for o in second] == ["ä", "\uffff", "😀"]
+
+
+def test_an_owner_on_two_bases_is_listed_once(store: Store) -> None:
+    """
+    Users are listed, not their lines, and everyone is not a user.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), NOON)
+    store.publish(draft(EVERYONE, 1), NOON)
+    assert store.owners("user") == (ANNA,)
+    assert store.owners("global") == (EVERYONE,)
+
+
+def test_a_page_without_room_is_refused(store: Store) -> None:
+    """
+    A limit of zero would page for ever.
+    """
+    with pytest.raises(BadSetting):
+        store.owners("user", limit=0)
+
+
+def test_a_new_store_has_no_round(store: Store) -> None:
+    """
+    Before the first round there is no state to go on from.
+    """
+    assert store.latest_round() is None
+    assert store.server_state() is None
+    assert store.rounds() == ()
+
+
+def test_a_round_is_kept_whole(store: Store) -> None:
+    """
+    One commit gives the state, the global version and the contributions in their order.
+    """
+    first = commit(0)
+    record = store.commit_round(first, NOON)
+    latest = store.latest_round()
+    assert latest is not None
+    assert (latest.round_num, latest.base, latest.version) == (0, BASE, 1)
+    assert (latest.digest, latest.metrics) == (digest(0), {"loss": 2.5})
+    assert latest.contributions == first.contributions
+    assert latest.committed_at == NOON
+    assert store.server_state() == b"state 0"
+    assert store.find(EVERYONE, BASE) == record
+
+
+def test_rounds_are_listed_oldest_first(store: Store) -> None:
+    """
+    Rounds 1 and 2 come back in this order, each with its own contributions; the state is round 2's.
+    """
+    store.commit_round(commit(1), NOON)
+    store.commit_round(commit(2, contributions=()), NOON)
+    assert [(r.round_num, len(r.contributions)) for r in store.rounds()] == [(1, 3), (2, 0)]
+    assert store.server_state() == b"state 2"
+
+
+@pytest.mark.parametrize("round_num", [0, 1, 3])
+def test_only_the_next_round_is_taken(store: Store, round_num: int) -> None:
+    """
+    After round 1 an older, a repeated and a skipping commit conflict and change nothing.
+    """
+    store.commit_round(commit(1), NOON)
+    with pytest.raises(Conflict, match="round 2 is next"):
+        store.commit_round(commit(round_num, number=50), NOON)
+    assert store.server_state() == b"state 1"
+    assert len(store.versions(EVERYONE, BASE)) == 1
+
+
+def test_rounds_stay_with_their_base_model(store: Store) -> None:
+    """
+    A store whose rounds train one base takes no round of another.
+    """
+    store.commit_round(commit(1), NOON)
+    other = draft(number=2, round_num=2, base=OTHER_BASE)
+    with pytest.raises(WrongBaseModel):
+        store.commit_round(commit(2, draft=other), NOON)
+
+
+def test_a_round_with_a_foreign_parent_leaves_nothing(store: Store) -> None:
+    """
+    A commit that is refused half way leaves no version, no round and no gap in the numbers.
+    """
+    orphan = draft(number=2, round_num=0, parent=digest(77))
+    with pytest.raises(NotFound):
+        store.commit_round(commit(0, draft=orphan), NOON)
+    assert store.latest_round() is None
+    assert store.server_state() is None
+    assert store.commit_round(commit(0), NOON).version == 1
+
+
+def test_of_two_coordinators_one_commits_the_round(store: Store) -> None:
+    """
+    Four threads commit round 1 at once: one wins, three get a conflict.
+    """
+    store.commit_round(commit(0), NOON)
+
+    def attempt(number: int) -> bool:
+        try:
+            store.commit_round(commit(1, number=number), NOON)
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(attempt, range(10, 14))) == [False, False, False, True]
+
+
+def test_concurrent_publishes_leave_no_gap(store: Store) -> None:
+    """
+    Four threads publish 50 times each for one owner: versions 1 to 200, each once.
+    """
+
+    def publish_fifty(thread: int) -> list[int]:
+        drafts = [draft(ANNA, 1000 * thread + n) for n in range(50)]
+        return [store.publish(d, NOON).version for d in drafts]
+
+    with ThreadPoolExecutor(4) as pool:
+        versions = [v for published in pool.map(publish_fifty, range(4)) for v in published]
+    assert sorted(versions) == list(range(1, 201))
+
+
+def test_a_reader_never_sees_half_a_round(store: Store) -> None:
+    """
+    While rounds are committed, each that is seen has its version, its people and its state.
+    """
+    done = threading.Event()
+
+    def read() -> int:
+        seen = 0
+        while not done.is_set() or seen == 0:
+            latest = store.latest_round()
+            if latest is None:
+                continue
+            state = store.server_state() or b"state -1"
+            assert len(latest.contributions) == 3
+            assert store.find(EVERYONE, BASE, latest.version).round_num == latest.round_num
+            assert int(state.split()[1]) >= latest.round_num
+            seen += 1
+        return seen
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        for round_num in range(30):
+            store.commit_round(commit(round_num), NOON)
+        done.set()
+        assert reading.result() > 0
