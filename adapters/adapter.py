@@ -71,7 +71,7 @@ def checked_vector(schema: Schema, vector: NDArray[np.generic]) -> Vector:
             f"expected a flat vector of {schema.n_params} scales for this schema, "
             f"got shape {vector.shape}"
         )
-    flat = np.array(vector, dtype=np.float32)
+    flat = np.array(vector, dtype=np.float32) + np.float32(0)  # -0.0 becomes 0.0: equal is equal
     if not np.isfinite(flat).all():
         raise BadAdapter(f"{int((~np.isfinite(flat)).sum())} of {flat.size} scales are not finite")
     flat.flags.writeable = False

@@ -29,7 +29,7 @@ from fedia3.adapters.safetensors_header import (
     tensor_values,
 )
 from fedia3.adapters.schema import Schema, Target
-from fedia3.errors import BadAdapter, BadInput, WrongBaseModel
+from fedia3.errors import BadAdapter, BadInput, BadSetting, WrongBaseModel
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]
 
@@ -64,6 +64,23 @@ class ScaledModule:
     def positions(self, target: Target) -> NDArray[np.int64]:
         """Where a target's scales lie in the module's tensor, shape ``(dim,)``."""
         return target.part.positions() if target.part else np.arange(target.dim)
+
+
+def task_type_of(architecture: str) -> TaskType:
+    """What a transformers class is for, in PEFT's words.
+
+    Raises:
+        BadSetting: it is for something else (images, masked words …).
+    """
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if architecture.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM"
+    if architecture.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    raise BadSetting(
+        f"expected a causal, sequence-to-sequence or classification model, got {architecture}"
+    )
 
 
 def write_peft_folder(

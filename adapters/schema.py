@@ -94,9 +94,7 @@ class Schema:
     def slices(self) -> dict[str, slice]:
         """Where each target's scales lie in the flat vector, by :attr:`Target.key`."""
         ends = np.cumsum(self.dims).tolist()
-        return {
-            t.key: slice(end - t.dim, end) for t, end in zip(self.targets, ends, strict=True)
-        }
+        return {t.key: slice(end - t.dim, end) for t, end in zip(self.targets, ends, strict=True)}
 
     @cached_property
     def digest(self) -> str:

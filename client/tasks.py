@@ -6,24 +6,31 @@ them up client by client whatever batch they shared.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own abbreviation
 from torch import Tensor, nn
 
+from fedia3.adapters.peft_folder import task_type_of
 from fedia3.client.tokens import IGNORED, Encoded, EncodedClass, EncodedPair
-from fedia3.errors import BadSetting
 
 Item_contra = TypeVar("Item_contra", contravariant=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """One batch's scores, example by example."""
 
     loss: Tensor  # (batch,) nats, summed over the example's learned tokens
-    exact: Tensor  # (batch,) bool: every learned token is the model's first choice
+    logits: Tensor  # (batch, length, classes)
+    labels: Tensor  # (batch, length), IGNORED where the loss does not look
+
+    @property
+    def exact(self) -> Tensor:
+        """(batch,) bool: every learned token is the model's first choice; training never asks."""
+        wrong = (self.logits.argmax(dim=-1) != self.labels) & (self.labels != IGNORED)
+        return ~wrong.any(dim=1)
 
 
 class Task(Protocol, Generic[Item_contra]):
@@ -103,38 +110,31 @@ class SequenceClassification:
         """Cross entropy of the class."""
         ids = _padded([i.input_ids for i in items], self.pad_id, model)
         mask = _padded([[1] * len(i.input_ids) for i in items], 0, model)
-        logits = model(input_ids=ids, attention_mask=mask).logits.float()
-        classes = torch.tensor([i.label_index for i in items], device=logits.device)
-        return Scores(
-            loss=F.cross_entropy(logits, classes, reduction="none"),
-            exact=logits.argmax(dim=-1) == classes,
-        )
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        classes = torch.tensor([[i.label_index] for i in items], device=logits.device)
+        return _token_scores(logits[:, None], classes)
 
 
-def task_for(model: Any, pad_id: int) -> CausalLM | Seq2Seq | SequenceClassification:
+def task_for(model: object, pad_id: int) -> CausalLM | Seq2Seq | SequenceClassification:
     """The task a transformers model was built for, by its class name.
 
     Raises:
         BadSetting: the model is of another kind (masked, image …); the message names the class.
     """
-    name = type(model).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return CausalLM(pad_id)
-    if name.endswith("ForConditionalGeneration"):
-        return Seq2Seq(pad_id)
-    if name.endswith("ForSequenceClassification"):
-        return SequenceClassification(pad_id)
-    raise BadSetting(
-        f"text can train a causal, sequence-to-sequence or classification model, this is a {name}"
-    )
+    match task_type_of(type(model).__name__):
+        case "CAUSAL_LM":
+            return CausalLM(pad_id)
+        case "SEQ_2_SEQ_LM":
+            return Seq2Seq(pad_id)
+        case "SEQ_CLS":
+            return SequenceClassification(pad_id)
 
 
 def _token_scores(logits: Tensor, labels: Tensor) -> Scores:
     """Scores of ``labels`` ``(batch, length)`` under ``logits`` ``(batch, length, vocabulary)``."""
     flat = logits.float().flatten(0, 1)
     per_token = F.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
-    wrong = (logits.detach().argmax(dim=-1) != labels) & (labels != IGNORED)
-    return Scores(per_token.view(labels.shape).sum(dim=1), ~wrong.any(dim=1))
+    return Scores(per_token.view(labels.shape).sum(dim=1), logits, labels)
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, model: nn.Module) -> Tensor:

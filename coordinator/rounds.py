@@ -1,4 +1,4 @@
-"""The round: ask a cohort, let each reply through the gate, fold, commit, go on (docs: DESIGN).
+"""The round: ask a cohort, let each reply through the gate, fold, commit, go on.
 
 Nothing here knows how devices are reached: a ``Fleet`` does. Everything a round decides follows
 from the last committed server state, the plan and the replies, so a crash anywhere resumes at the

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from fedia3.adapters import manifest
 from fedia3.adapters.base_store import BaseStore
-from fedia3.adapters.peft_folder import write_peft_folder
+from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.records import AdapterRecord, Owner
 from fedia3.coordinator.registry import Effective, Registry
-from fedia3.errors import NotFound
+from fedia3.errors import NotFound, WrongBaseModel
 from fedia3.simulations.report import Report
 from fedia3.simulations.settings import RunFolder
 
@@ -61,8 +61,22 @@ class Run:
 
     @cached_property
     def base_folder(self) -> Path:
-        """The base model the run was trained on."""
-        return BaseStore().find(self.folder.pinned("base"))
+        """The base model the run was trained on.
+
+        Raises:
+            NotFound: it is not on this machine any more.
+            WrongBaseModel: in its place lies another one.
+        """
+        digest, named = self.folder.base(), self.folder.settings().base
+        try:
+            return BaseStore().find(digest)
+        except NotFound:
+            found = BaseStore().find(named)
+        if manifest.read_manifest(found).digest != digest:
+            raise WrongBaseModel(
+                f"the run was trained on base model {digest[:12]}, {named} is another one now"
+            )
+        return found
 
     @cached_property
     def schema(self) -> Schema:
@@ -102,11 +116,13 @@ class Run:
             BadInput: ``out`` holds something else than an adapter.
         """
         served = self.adapter(user, alpha)
+        architecture = manifest.read_manifest(self.base_folder).created_from.architecture
         write_peft_folder(
             served.adapter,
             out,
             base_name=str(self.base_folder),
-            architecture=manifest.read_manifest(self.base_folder).created_from.architecture,
+            task_type=task_type_of(architecture),
+            fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
         )
         return served
 

@@ -61,8 +61,8 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, settings: Settings, path: Path | None = None) -> "RunFolder":
-        """A new folder for a new run.
+    def new(cls, path: Path | None = None) -> "RunFolder":
+        """A folder for a new run, by default ``./fedia3-runs/DATE``; nothing is written yet.
 
         Raises:
             BadSetting: there is something in the folder already.
@@ -73,10 +73,7 @@ class RunFolder:
                 f"{path} is not empty; give --out a new folder, or continue that run with "
                 f"--resume {path}"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
-        folder._write({"settings": asdict(settings)})
-        return folder
+        return cls(path)
 
     @classmethod
     def latest(cls) -> "RunFolder":
@@ -90,6 +87,28 @@ class RunFolder:
             raise NotFound(f"no run in ./{RUNS}; start one with `fedia3 simulate`, or give --run")
         return cls(runs[-1])
 
+    def begin(self, settings: Settings, *, base: str, data: str) -> None:
+        """Write down what the run is and what it depends on, or check that nothing has changed.
+
+        Args:
+            settings: what it is asked to do.
+            base: digest of the base model.
+            data: digest of everybody's text.
+
+        Raises:
+            BadSetting: base, text or settings are not those that the run was started with.
+        """
+        facts = json.loads(json.dumps({"settings": asdict(settings), "base": base, "data": data}))
+        if not (self.path / "run.json").exists():
+            self._write(facts)
+        known = self._read()
+        changed = [name for name in facts if known.get(name) != facts[name]]
+        if changed:
+            raise BadSetting(
+                f"{self.path} was started with other {' and '.join(changed)}; put it back as it "
+                "was, or start a new run"
+            )
+
     def settings(self) -> Settings:
         """What the run was started with."""
         try:
@@ -97,31 +116,9 @@ class RunFolder:
         except (KeyError, TypeError) as error:
             raise Corrupt(f"{self.path / 'run.json'} is not of this version: {error}") from error
 
-    def pin(self, name: str, digest: str) -> None:
-        """Remember the digest of something the run depends on, or check that it is the same.
-
-        Raises:
-            BadSetting: it has changed since the run was started.
-        """
-        facts = self._read()
-        known = facts.setdefault(name, digest)
-        if known != digest:
-            raise BadSetting(
-                f"the {name} changed since this run was started ({known[:12]} then, "
-                f"{digest[:12]} now); put it back, or start a new run"
-            )
-        self._write(facts)
-
-    def pinned(self, name: str) -> str:
-        """The digest :meth:`pin` remembered.
-
-        Raises:
-            NotFound: the run was stopped before it got that far.
-        """
-        facts = self._read()
-        if name not in facts:
-            raise NotFound(f"{self.path} has not begun; `fedia3 simulate --resume {self.path}`")
-        return str(facts[name])
+    def base(self) -> str:
+        """Digest of the base model the run was started with."""
+        return str(self._read()["base"])
 
     def registry(self, seed: int) -> Path:
         """The folder of one seed's registry."""
@@ -137,6 +134,7 @@ class RunFolder:
         return facts
 
     def _write(self, facts: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         draft = self.path / "run.json.draft"
         draft.write_text(json.dumps(facts, indent=1))
         draft.replace(self.path / "run.json")

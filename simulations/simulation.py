@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from fedia3.adapters.adapter import Adapter, Vector
-from fedia3.adapters.base_model import BaseModel, load
+from fedia3.adapters.base_model import BaseModel, fastest_dtype, load
 from fedia3.adapters.base_store import BaseStore
 from fedia3.client.data import Dataset
 from fedia3.client.flower import client_app
@@ -51,13 +51,12 @@ def simulate(settings: Settings, folder: RunFolder, watcher: Watcher) -> Report:
     Raises:
         BadData: the data cannot be read, or holds fewer than two users with enough text.
         NotFound: no such base model.
-        BadSetting: data or base changed since the run was started.
+        BadSetting: data, base or settings are not those the run was started with.
     """
     started = time.monotonic()
-    base = load(BaseStore().find(settings.base))
-    folder.pin("base", base.digest)
+    base = load(BaseStore().find(settings.base), dtype=fastest_dtype())
     dataset = read_people(settings, base)
-    folder.pin("data", digest_of(dataset))
+    folder.begin(settings, base=base.digest, data=digest_of(dataset))
     federations = [
         _Federation(settings, folder, base, dataset, seed, watcher) for seed in settings.seeds
     ]

@@ -193,7 +193,7 @@ def simulate(
                 **shared,
             ),
         )
-        folder = RunFolder.create(settings, out_folder)
+        folder = RunFolder.new(out_folder)
     watcher.say(f"run folder {folder.path}")
     with watcher.working("loading the base model"):
         from fedia3.simulations.simulation import simulate as run  # noqa: PLC0415  # torch

@@ -16,6 +16,7 @@ NAME = hashlib.sha256(HELLO).hexdigest()  # 2cf2…
 
 @pytest.fixture(params=["memory", "files"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlobStore]:
+    """An empty blob store of each kind."""
     yield MemoryBlobs() if request.param == "memory" else FileBlobs(tmp_path)
 
 

@@ -25,10 +25,12 @@ ZERO = "0" * 64
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
+    """Where the database will be."""
     return tmp_path / "registry.db"
 
 
 def round_zero() -> RoundCommit:
+    """A round with one contribution: a row for every table."""
     draft = AdapterDraft(
         owner=Owner.everyone(),
         form="adapter",
@@ -43,12 +45,14 @@ def round_zero() -> RoundCommit:
 
 @contextmanager
 def connected(path: Path) -> Iterator[Connection]:
+    """A transaction with none of the store's settings."""
     engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
     with engine.begin() as connection:
         yield connection
 
 
 def opened_with_a_round(path: Path) -> SqlStore:
+    """A store that has committed round 0."""
     store = SqlStore.at(path)
     store.commit_round(round_zero(), NOON)
     return store

@@ -18,7 +18,7 @@ from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema, Target
 from fedia3.coordinator.blobs import MemoryBlobs
-from fedia3.coordinator.records import AdapterDraft, Contribution, Owner, RoundCommit
+from fedia3.coordinator.records import AdapterDraft, AdapterRecord, Contribution, Owner, RoundCommit
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.stores.memory import MemoryStore
 from fedia3.errors import BadAdapter, BadInput, BadSetting, Conflict, Corrupt, NotFound
@@ -30,16 +30,19 @@ EVERYONE = Owner.everyone()
 
 @pytest.fixture(params=["memory", "folder"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
-    open_it = Registry.in_memory if request.param == "memory" else lambda: Registry.open(tmp_path)
-    with open_it() as registry:
+    """An empty registry on each kind of store."""
+    in_memory = request.param == "memory"
+    with Registry.in_memory() if in_memory else Registry.open(tmp_path) as registry:
         yield registry
 
 
-def adapter(*scales: float, schema: Schema = SCHEMA) -> Adapter:
-    return Adapter(schema, np.array(scales, dtype=np.float32))
+def adapter(*scales: float) -> Adapter:
+    """An adapter with these two scales."""
+    return Adapter(SCHEMA, np.array(scales, dtype=np.float32))
 
 
 def personal(*delta: float, on: Adapter, schema: Schema = SCHEMA) -> PersonalAdapter:
+    """A part with this delta, trained on the global adapter ``on``."""
     digest = encoding.digest(encoding.encode(on))
     return PersonalAdapter(schema, np.array(delta, dtype=np.float32), digest)
 
@@ -252,7 +255,9 @@ def test_the_bytes_are_kept_before_the_version_is_known() -> None:
     """
 
     class Refusing(MemoryStore):
-        def publish(self, *_args: object, **_kwargs: object) -> None:  # type: ignore[override]  # it only raises
+        def publish(
+            self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+        ) -> AdapterRecord:
             raise Conflict("busy")
 
     registry = Registry(Refusing(), MemoryBlobs())
@@ -341,6 +346,7 @@ def test_everyone_has_no_name() -> None:
 
 
 def draft(**fields: object) -> AdapterDraft:
+    """A sound draft of everyone's, but for the given fields."""
     sound: dict[str, object] = {
         "owner": EVERYONE,
         "form": "adapter",
@@ -374,7 +380,7 @@ def draft(**fields: object) -> AdapterDraft:
 )
 def test_an_unsound_draft_cannot_be_built(field: str, value: object) -> None:
     """
-    A draft is refused for each field that is wrong; sound() alone passes.
+    With all fields sound it can, with one of them wrong it is refused.
     """
     assert draft().digest == "0" * 64
     with pytest.raises(BadInput):

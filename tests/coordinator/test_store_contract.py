@@ -28,16 +28,19 @@ EVERYONE, ANNA, BOB = Owner.everyone(), Owner.user("anna"), Owner.user("bob")
 
 @pytest.fixture(params=["memory", "sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """An empty store of each kind."""
     store = MemoryStore() if request.param == "memory" else SqlStore.at(tmp_path / "registry.db")
     yield store
     store.close()
 
 
 def digest(number: int) -> str:
+    """A digest that a test can tell from others."""
     return f"{number:064x}"
 
 
 def draft(owner: Owner = EVERYONE, number: int = 1, **fields: object) -> AdapterDraft:
+    """A sound draft with the bytes ``digest(number)``, but for the given fields."""
     personal = owner.kind == "user"
     plain = AdapterDraft(
         owner=owner,
@@ -54,6 +57,7 @@ def draft(owner: Owner = EVERYONE, number: int = 1, **fields: object) -> Adapter
 
 
 def commit(round_num: int, number: int | None = None, **fields: object) -> RoundCommit:
+    """A round of three clients, but for the given fields; its bytes are its own number's."""
     number = round_num if number is None else number
     plain = RoundCommit(
         round_num=round_num,
@@ -374,3 +378,22 @@ def test_a_reader_never_sees_half_a_round(store: Store) -> None:
             store.commit_round(commit(round_num), NOON)
         done.set()
         assert reading.result() > 0
+
+
+def test_two_processes_may_write_to_one_database(tmp_path: Path) -> None:
+    """
+    Two stores on one file, as two processes have them, publish 25 times each: versions 1 to 50.
+
+    Publishing with a key reads before it writes, which is where SQLite refuses one of two.
+    """
+
+    def publish_some(number: int) -> list[int]:
+        store = SqlStore.at(tmp_path / "registry.db")
+        keys = [f"{number}-{n}" for n in range(25)]
+        published = [store.publish(draft(ANNA, number), NOON, idem_key=key) for key in keys]
+        store.close()
+        return [record.version for record in published]
+
+    with ThreadPoolExecutor(2) as pool:
+        versions = [v for published in pool.map(publish_some, (1, 2)) for v in published]
+    assert sorted(versions) == list(range(1, 51))
