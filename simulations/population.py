@@ -78,7 +78,7 @@ def prepare(dataset: Dataset, settings: Settings, seed: int, base: BaseModel) ->
             f"expected at least {LEAST_USERS} users with enough text, got {len(clients)}: "
             "the control compares each user with another one"
         )
-    too_small = population.too_small | {
+    too_small = dict(population.too_small) | {
         u: len(dataset.examples[u]) for u in encoded if u not in clients
     }
     return People(

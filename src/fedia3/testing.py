@@ -51,12 +51,12 @@ def tiny_model(architecture: str, *, seed: int = 0, **options: Any) -> "PreTrain
         if "drop" in field and isinstance(getattr(config, field), float):
             setattr(config, field, 0.0)
     torch.manual_seed(seed)
-    kind = {
+    kind: Any = {
         "t5": transformers.AutoModelForSeq2SeqLM,
         "bert": transformers.AutoModelForSequenceClassification,
         "roberta": transformers.AutoModelForSequenceClassification,
         "distilbert": transformers.AutoModelForSequenceClassification,
         "vit": transformers.AutoModelForImageClassification,
     }.get(architecture, transformers.AutoModelForCausalLM)
-    model: PreTrainedModel = kind.from_config(config)
-    return model.float().eval()
+    model: PreTrainedModel = kind.from_config(config).float().eval()
+    return model
