@@ -92,6 +92,13 @@ class Report:
             indent=1,
         )
 
+    def to_text(self) -> str:
+        """For a terminal or a mail: facts, summaries, then every user."""
+        parts = [_facts_text(self.facts)]
+        parts += [_summary_text(name, summary(g)) for name, g in groups(self.users).items()]
+        parts.append(_users_text(self.users))
+        return "\n\n".join(parts) + "\n"
+
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report a run wrote.
@@ -177,14 +184,6 @@ def _wins(users: Sequence[UserResult], won: Callable[[UserResult], bool]) -> dic
 def _quantiles(gains: Sequence[float]) -> dict[str, float]:
     p10, p50, p90 = np.percentile(gains, [10, 50, 90])
     return {"p10": float(p10), "p50": float(p50), "p90": float(p90), "worst": min(gains)}
-
-
-def to_text(report: Report) -> str:
-    """The report for a terminal or a mail."""
-    parts = [_facts_text(report.facts)]
-    parts += [_summary_text(name, summary(g)) for name, g in groups(report.users).items()]
-    parts.append(_users_text(report.users))
-    return "\n\n".join(parts) + "\n"
 
 
 def _facts_text(facts: RunFacts) -> str:
@@ -349,6 +348,6 @@ def _short(name: str) -> str:
 
 def write(report: Report, folder: Path) -> None:
     """``report.txt``, ``report.json`` and ``report.png`` in the run's folder."""
-    (folder / "report.txt").write_text(to_text(report))
+    (folder / "report.txt").write_text(report.to_text())
     (folder / "report.json").write_text(report.to_json())
     write_picture(report, folder / "report.png")

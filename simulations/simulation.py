@@ -21,7 +21,7 @@ from fedia3.client.tasks import task_for
 from fedia3.client.trainer import Evaluation, ResidentTrainer, evaluate_rows
 from fedia3.coordinator.flower import server_app
 from fedia3.coordinator.registry import Registry
-from fedia3.coordinator.rounds import Observer, RoundPlan, run_rounds
+from fedia3.coordinator.rounds import Nobody, Observer, RoundPlan, run_rounds
 from fedia3.simulations import report
 from fedia3.simulations.grid import LocalGrid, run_server_app
 from fedia3.simulations.population import People, digest_of, prepare, read_people
@@ -42,7 +42,17 @@ class Watcher(Observer, Protocol):
         """``done`` of ``total`` users are through a step behind the rounds."""
 
 
-def simulate(settings: Settings, folder: RunFolder, watcher: Watcher) -> Report:
+class Unwatched(Nobody):
+    """Watches nothing."""
+
+    def seed_started(self, seed: int, people: People, base: BaseModel) -> None:
+        """Not watched."""
+
+    def worked(self, what: str, done: int, total: int) -> None:
+        """Not watched."""
+
+
+def simulate(settings: Settings, folder: RunFolder, watcher: Watcher | None = None) -> Report:
     """Train, personalize and report; a run that was interrupted continues at its last round.
 
     Everything follows from the settings, the data and the base, so the result of a resumed run
@@ -58,7 +68,8 @@ def simulate(settings: Settings, folder: RunFolder, watcher: Watcher) -> Report:
     dataset = read_people(settings, base)
     folder.begin(settings, base=base.digest, data=digest_of(dataset))
     federations = [
-        _Federation(settings, folder, base, dataset, seed, watcher) for seed in settings.seeds
+        _Federation(settings, folder, base, dataset, seed, watcher or Unwatched())
+        for seed in settings.seeds
     ]
     users = [result for federation in federations for result in federation.run()]
     facts = _facts(settings, base, dataset, federations, time.monotonic() - started)

@@ -337,9 +337,7 @@ def base_list(as_json: Json = False) -> None:
 
 def _tell(report: "Report", folder: "RunFolder", *, is_latest: bool) -> None:
     """The report's head, and what to type next."""
-    from fedia3.simulations.report import to_text  # noqa: PLC0415  # --help stays fast
-
-    parts = to_text(report).split("\n\n")
+    parts = report.to_text().split("\n\n")
     out.print()
     out.print(escape("\n\n".join(parts[:-1])), soft_wrap=True)
     users = [u.user for u in report.users if u.choice == "personal"] or [report.users[0].user]
