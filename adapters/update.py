@@ -11,10 +11,10 @@ from fedia3.errors import BadSetting
 class TrainingPlan:
     """How a device trains; the coordinator sends it with every round.
 
-    IA3 wants learning rates of 1e-3 to 1e-1, far above LoRA's (docs/adr/0003 has our figures).
+    IA3 wants learning rates of 1e-3 to 1e-1, far above LoRA's.
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     epochs: int = 1  # passes over the device's training split
     max_steps: int | None = None  # optimizer steps at most, whatever the epochs say
     batch_size: int = 8  # examples

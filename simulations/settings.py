@@ -30,10 +30,10 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     split: SplitPlan = field(default_factory=SplitPlan)
     training: TrainingPlan = field(
-        default_factory=lambda: TrainingPlan(learning_rate=1e-2, epochs=1)
+        default_factory=lambda: TrainingPlan(learning_rate=3e-2)
     )
     personal: TrainingPlan = field(
-        default_factory=lambda: TrainingPlan(learning_rate=3e-2, epochs=8, patience=2)
+        default_factory=lambda: TrainingPlan(learning_rate=3e-2, epochs=6, patience=2)
     )
 
     def __post_init__(self) -> None:

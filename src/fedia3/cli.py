@@ -122,10 +122,10 @@ def simulate(
         typer.Option(help="Optimizer steps of a client in a round, at most.",
                      show_default="as many as the epochs take"),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of a client in a round.")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option(help="Of a client in a round.")] = 3e-2,
     personal_epochs: Annotated[
         int, typer.Option(help="Most passes when personalizing; it stops on a plateau.")
-    ] = 8,
+    ] = 6,
     personal_learning_rate: Annotated[float, typer.Option(help="When personalizing.")] = 3e-2,
     batch_size: Annotated[int, typer.Option(help="Texts in an optimizer step.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of one text; longer ones are cut.")] = 128,
