@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedia3.coordinator.records import checked_digest
-from fedia3.errors import BadSetting, Corrupt, Fedia3Error, NotFound
+from fedia3.errors import BadSetting, Corrupt, NotFound, StorageFailed
 
 _ASIDE = "tmp"
 
@@ -24,7 +24,7 @@ class BlobStore(Protocol):
         """Keep the bytes and return their digest; when it returns they survive a crash.
 
         Raises:
-            Fedia3Error: the disk refused the write; nothing was kept.
+            StorageFailed: the disk refused the write; nothing was kept.
         """
         ...
 
@@ -100,7 +100,7 @@ class FileBlobs:
             for folder in (path.parent, path.parent.parent, self._root):
                 _sync(folder)
         except OSError as error:
-            raise Fedia3Error(
+            raise StorageFailed(
                 f"cannot write an adapter of {len(data)} bytes to {self._root}: {error.strerror}; "
                 "nothing was published, make room or fix the folder and try again"
             ) from error
@@ -114,7 +114,7 @@ class FileBlobs:
         except FileNotFoundError as error:
             raise _no_blob(digest) from error
         except OSError as error:
-            raise Fedia3Error(f"cannot read {path}: {error.strerror}") from error
+            raise StorageFailed(f"cannot read {path}: {error.strerror}") from error
 
     def has(self, digest: str) -> bool:
         """See :meth:`BlobStore.has`."""

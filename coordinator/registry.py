@@ -55,7 +55,7 @@ class Registry:
     """Adapters by owner and base model, and the rounds of one federation.
 
     Any call may also raise the store's and the blob store's errors: ``Conflict`` while another
-    process holds the database too long, ``Corrupt`` for damaged files, ``Fedia3Error`` for a disk
+    process holds the database too long, ``Corrupt`` for damaged files, ``StorageFailed`` for a disk
     that refuses.
     """
 

@@ -24,14 +24,12 @@ class Settings:
     skip_bad_lines: bool = False
     base: str = "tiny"  # name, digest prefix or folder of a base model
     demo_users: int = 24
-    demo_texts: int = 80  # of each demo user
+    demo_texts: int = 60  # of each demo user
     rounds: int = 5
     cohort: int = 12  # clients of a round
     seeds: tuple[int, ...] = (0,)
     split: SplitPlan = field(default_factory=SplitPlan)
-    training: TrainingPlan = field(
-        default_factory=lambda: TrainingPlan(learning_rate=3e-2)
-    )
+    training: TrainingPlan = field(default_factory=lambda: TrainingPlan(learning_rate=3e-2))
     personal: TrainingPlan = field(
         default_factory=lambda: TrainingPlan(learning_rate=3e-2, epochs=6, patience=2)
     )

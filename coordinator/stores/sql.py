@@ -61,7 +61,7 @@ from fedia3.coordinator.store import (
     require_positive,
     require_same_bytes,
 )
-from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt, Fedia3Error
+from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt, Fedia3Error, StorageFailed
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -361,7 +361,7 @@ def _in_our_words(url: URL, error: DBAPIError) -> Fedia3Error:
         return BadInput(f"{said}; expected a registry, choose another folder")
     if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
         return BadSetting(f"{said}; choose a folder you can write")
-    return Fedia3Error(f"{said}; nothing was changed, look at the disk and try again")
+    return StorageFailed(f"{said}; nothing was changed, look at the disk and try again")
 
 
 def _append(

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
 from fedia3 import __version__
-from fedia3.errors import Fedia3Error
+from fedia3.errors import BadSetting, Fedia3Error
 from fedia3.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """
 Exit codes: 0 done · 1 a fault of fedia3 · 2 the command was mistyped · 3 bad input (data,
 adapter, option) · 4 not found · 5 conflict · 6 stored bytes are corrupt · 7 no gradient ·
-8 too few usable replies for a round.
+8 too few usable replies for a round · 9 the disk refused.
 """
 app = typer.Typer(
     name="fedia3",
@@ -95,6 +96,7 @@ def _root(
 
 @app.command()
 def simulate(
+    context: typer.Context,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -169,6 +171,7 @@ def simulate(
 
     watcher = TerminalProgress(quiet=as_json)
     if resume is not None:
+        _require_nothing_beside_resume(context)
         folder = RunFolder(resume)
         settings = folder.settings()
     else:
@@ -200,7 +203,7 @@ def simulate(
     with watcher:
         report = run(settings, folder, watcher)
     if as_json:
-        print(report.to_json())
+        print(json.dumps({"folder": str(folder.path)} | json.loads(report.to_json()), indent=1))
     else:
         _tell(report, folder, is_latest=out_folder is None and resume is None)
 
@@ -332,6 +335,21 @@ def base_list(as_json: Json = False) -> None:
         out.print(
             f"{escape(entry.name):<20} {entry.digest[:12]}  {entry.size / 1e6:8.1f} MB  "
             f"{entry.architecture}  {entry.n_params:,} scales{shipped}"
+        )
+
+
+def _require_nothing_beside_resume(context: typer.Context) -> None:
+    """A resumed run has its own settings: say so instead of passing over others."""
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in ("resume", "as_json", None)
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise BadSetting(
+            f"--resume continues a run with the settings it was started with; leave out "
+            f"{', '.join(given)}, or start a new run"
         )
 
 

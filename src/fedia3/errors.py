@@ -10,6 +10,7 @@
     ├── NotFound               no such owner, version, run or base model
     ├── Conflict               somebody else was first, or the same key names other bytes
     ├── Corrupt                stored bytes do not match their digest
+    ├── StorageFailed          the disk refused; nothing was changed
     ├── NoGradient             training cannot move a vector, and names it
     └── QuorumNotMet           too few usable replies before the round's deadline
 
@@ -65,6 +66,12 @@ class Corrupt(Fedia3Error):
     """Stored bytes do not match their digest; they are not served."""
 
     exit_code = 6
+
+
+class StorageFailed(Fedia3Error):
+    """The disk refused to read or write: full, read-only or broken."""
+
+    exit_code = 9
 
 
 class NoGradient(Fedia3Error):
