@@ -37,20 +37,21 @@ def generate(base: BaseModel, adapter: Adapter, prompt: str, sampling: Sampling)
 
     Raises:
         WrongBaseModel: the adapter belongs to another base.
-        BadSetting: the base is no text-generating model.
+        BadSetting: the base is no text-generating model, or needs a prompt and got none.
     """
     base.require(adapter.schema)
     if not base.model.can_generate():
         raise BadSetting(f"{base.manifest.name} does not generate text")
+    inputs = _inputs(base, prompt)
     bank = IA3Bank(base.model, base.schema)
     bank.load([adapter.vector])
     torch.manual_seed(sampling.seed)
     try:
         with torch.inference_mode(), bank.using(torch.tensor([0])):
-            written = base.model.generate(**_inputs(base, prompt), **_options(base, sampling))
+            written = base.model.generate(**inputs, **_options(base, sampling))
     finally:
         bank.detach()
-    return _text(base, prompt, written[0])
+    return _text(base, inputs["input_ids"][0], written[0])
 
 
 def _inputs(base: BaseModel, prompt: str) -> dict[str, Tensor]:
@@ -59,6 +60,8 @@ def _inputs(base: BaseModel, prompt: str) -> dict[str, Tensor]:
     ).input_ids
     if not base.model.config.is_encoder_decoder and base.tokenizer.bos_token_id is not None:
         ids = [base.tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise BadSetting(f"{base.manifest.name} needs a prompt of at least one character")
     tokens = torch.tensor([ids], device=base.model.device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
@@ -71,9 +74,16 @@ def _options(base: BaseModel, sampling: Sampling) -> dict[str, Any]:
     return {**shared, **drawn, "top_k": 0}
 
 
-def _text(base: BaseModel, prompt: str, written: Tensor) -> str:
-    """The new text: what the whole says beyond the prompt, so that no space is lost between."""
-    whole: str = base.tokenizer.decode(written, skip_special_tokens=True)
+def _text(base: BaseModel, prompt: Tensor, written: Tensor) -> str:
+    """The new text: what the whole says beyond the prompt, so that no space is lost between.
+
+    Where the prompt reads otherwise inside the whole (it ended within a character), the new
+    tokens' own text.
+    """
+    whole, before, new = (
+        str(base.tokenizer.decode(tokens, skip_special_tokens=True))
+        for tokens in (written, prompt, written[len(prompt) :])
+    )
     if base.model.config.is_encoder_decoder:
         return whole
-    return whole[len(prompt) :] if whole.startswith(prompt) else whole
+    return whole[len(before) :] if whole.startswith(before) else new

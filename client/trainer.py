@@ -5,6 +5,7 @@ AdamW (Loshchilov and Hutter, 2019, algorithm 2), its own clipping and its own e
 trained in one pass equals its clients trained one by one.
 """
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from fedia3.client.tasks import Task
 from fedia3.errors import BadData, BadInput, NoGradient, NotFound
 
 Item = TypeVar("Item")
-TOKENS_AT_ONCE = 2048  # padded tokens of one forward/backward: what stays in cache trains fastest
+TOKENS_AT_ONCE = 1024  # padded tokens of one forward/backward: what stays in cache trains fastest
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,20 @@ def train_rows(
         BadData: a job has nothing to train on, or no validation examples though patience is set.
         NoGradient: a target's scales get no gradient from any job; the message names it.
     """
-    return _Pass(model, bank, task, jobs, plan).run()
+    trained = _Pass(model, bank, task, jobs, plan).run()
+    _give_memory_back()
+    return trained
+
+
+def _give_memory_back() -> None:
+    """Let the C library return freed activations to the system.
+
+    glibc keeps their pieces, of another size in every batch: a simulation of 114 chat authors grew
+    to 3.4 GB of which 0.8 GB were in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 class _Pass(Generic[Item]):
@@ -144,13 +158,15 @@ class _Pass(Generic[Item]):
         norms = gradient.norm(dim=1)
         for n in active:
             self.rows[n].note(losses[n], float(norms[n]))
-        moving = torch.tensor([n for n in active if not self.rows[n].diverged])
+        moving = [n for n in active if not self.rows[n].diverged]
+        if not moving:
+            return
         clip = (self.plan.clip_norm / (norms + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
-        rates = torch.tensor([self._rate(self.rows[int(n)].steps) for n in moving])
+        rates = torch.tensor([self._rate(self.rows[n].steps) for n in moving])
         self.adam.step(
             self.bank.scales.data,
             gradient * clip[:, None],
-            moving,
+            torch.tensor(moving),
             rates.to(gradient),
             self.plan.weight_decay,
         )

@@ -18,6 +18,7 @@ from fedia3.client.tokens import (
     encode_pair,
 )
 from fedia3.client.trainer import ClientExamples
+from fedia3.coordinator.records import checked_name
 from fedia3.errors import BadData
 from fedia3.simulations.demo import demo_population
 from fedia3.simulations.settings import Settings
@@ -36,15 +37,23 @@ class People:
 
 
 def read_people(settings: Settings, base: BaseModel) -> Dataset:
-    """The run's text by user, the demo population's where no data is named."""
+    """The run's text by user, the demo population's where no data is named.
+
+    Raises:
+        BadData: the data cannot be read.
+        BadInput: a user's name is too long or holds control characters: no registry keeps it.
+    """
     if settings.data is not None:
-        return read_jsonl(
+        dataset = read_jsonl(
             Path(settings.data),
             settings.user_field,
             order_field=settings.order_field,
             skip_bad_lines=settings.skip_bad_lines,
             render=chat_renderer(base.tokenizer),
         )
+        for user in dataset.examples:
+            checked_name(user, "a user's name")
+        return dataset
     rows = demo_population(settings.demo_users, settings.demo_texts)
     users = sorted({row["user"] for row in rows})
     return Dataset(

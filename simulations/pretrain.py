@@ -480,6 +480,7 @@ def prepare(plan: Plan) -> Prepared:
 class Run:
     """How far the training is; times are seconds of the monotonic clock."""
 
+    bf16: bool
     started: float
     reported: float
     saved: float
@@ -487,10 +488,10 @@ class Run:
     tokens: int = 0
 
     @classmethod
-    def begin(cls) -> Run:
+    def begin(cls, bf16: bool) -> Run:
         """Nothing done yet, the clock starts now."""
         now = time.monotonic()
-        return cls(started=now, reported=now, saved=now)
+        return cls(bf16, started=now, reported=now, saved=now)
 
     def elapsed(self, minutes: float) -> float:
         """Fraction of a budget of ``minutes`` that is used up."""
@@ -510,6 +511,7 @@ def report(
         "steps": run.steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": plan.seed,
+        "precision": "bf16 autocast" if run.bf16 else "fp32",
         "command": plan.command,
     }
 
@@ -520,7 +522,7 @@ def train(plan: Plan, prepared: Prepared, model: LlamaForCausalLM) -> Run:
     batches = endless_batches(prepared.documents, pad, plan.seed)
     bf16 = bf16_is_faster(prepared.tokenizer, next(batches), plan.seed)
     optimizer = new_optimizer(model)
-    run = Run.begin()
+    run = Run.begin(bf16)
     recent: list[float] = []
     while (elapsed := run.elapsed(plan.minutes)) < 1:
         for group in optimizer.param_groups:

@@ -6,6 +6,7 @@ where the own one wins and the other one does not.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class Report:
                 for row in data["users"]
             )
             return cls(RunFacts(**facts), users)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Corrupt(f"{folder / 'report.json'} is not a fedia3 report: {error}") from error
 
 
@@ -149,8 +150,8 @@ def summary(users: Sequence[UserResult]) -> dict[str, Any]:
         "served_personal": _wins(users, lambda u: u.choice == "personal"),
         "served_better_than_global": _wins(users, lambda u: u.served < u.global_),
         "served_worse_than_global": _wins(users, lambda u: u.served > u.global_),
-        "served_gain_over_base": _quantiles([1 - u.served / u.base for u in users]),
-        "served_gain_over_global": _quantiles([1 - u.served / u.global_ for u in users]),
+        "served_gain_over_base": _quantiles([gain(u.served, u.base) for u in users]),
+        "served_gain_over_global": _quantiles([gain(u.served, u.global_) for u in users]),
         "by_seed": {
             seed: {
                 name.rstrip("_"): float(
@@ -171,6 +172,11 @@ def summary(users: Sequence[UserResult]) -> dict[str, Any]:
     if labelled:
         facts["majority_label"] = float(np.mean(labelled))
     return facts
+
+
+def gain(loss: float, over: float) -> float:
+    """How much lower ``loss`` is than ``over``, as a share; where that is 0, nothing is gained."""
+    return 1 - loss / over if over else 0.0
 
 
 def _wins(users: Sequence[UserResult], won: Callable[[UserResult], bool]) -> dict[str, Any]:
@@ -214,7 +220,7 @@ def _some(users: Mapping[str, int]) -> str:
 
 
 def _summary_text(name: str, facts: Mapping[str, Any]) -> str:
-    mean, gain = facts["mean_loss"], facts["served_gain_over_base"]
+    mean, over_base = facts["mean_loss"], facts["served_gain_over_base"]
     over_global = facts["served_gain_over_global"]
     lines = [
         f"{name} ({facts['users']}), held-out loss in nats per token:",
@@ -227,8 +233,8 @@ def _summary_text(name: str, facts: Mapping[str, Any]) -> str:
         f"  the gate serves personal to {_share(facts['served_personal'])}; what is served beats "
         f"global for {_share(facts['served_better_than_global'])}, is worse for "
         f"{_share(facts['served_worse_than_global'])}",
-        f"  served against base:   p10 {gain['p10']:+.1%}  p50 {gain['p50']:+.1%}  "
-        f"p90 {gain['p90']:+.1%}  worst user {gain['worst']:+.1%}",
+        f"  served against base:   p10 {over_base['p10']:+.1%}  p50 {over_base['p50']:+.1%}  "
+        f"p90 {over_base['p90']:+.1%}  worst user {over_base['worst']:+.1%}",
         f"  served against global: p10 {over_global['p10']:+.1%}  p50 {over_global['p50']:+.1%}  "
         f"p90 {over_global['p90']:+.1%}  worst user {over_global['worst']:+.1%}",
     ]
@@ -269,10 +275,10 @@ def _users_text(users: Sequence[UserResult]) -> str:
         seen = " *" if results[0].seen_in_pretraining else ""
         rows.append(
             (
-                1 - loss["served"] / loss["base"],
+                gain(loss["served"], loss["base"]),
                 f"{_fitted(name, width)}  {results[0].train_examples:5d}  {loss['base']:5.3f}  "
                 f"{loss['global_']:6.3f}  {loss['personal']:8.3f}  {loss['wrong_user']:9.3f}  "
-                f"{served} {1 - loss['served'] / loss['base']:+.1%}{seen}",
+                f"{served} {gain(loss['served'], loss['base']):+.1%}{seen}",
             )
         )
     rows.sort(key=lambda row: -row[0])
@@ -303,9 +309,9 @@ def write_picture(report: Report, path: Path) -> None:
         }
         for name in names
     }
-    names.sort(key=lambda n: 1 - mean[n]["served"] / mean[n]["base"])
-    gain = {
-        key: [100 * (1 - mean[n][key] / mean[n]["base"]) for n in names]
+    names.sort(key=lambda n: gain(mean[n]["served"], mean[n]["base"]))
+    gains = {
+        key: [100 * gain(mean[n][key], mean[n]["base"]) for n in names]
         for key in ("global_", "personal", "wrong_user", "served")
     }
     figure = Figure(figsize=(11, max(4.0, min(16.0, 1.5 + 0.17 * len(names)))), dpi=110)
@@ -317,10 +323,12 @@ def write_picture(report: Report, path: Path) -> None:
         ("global_", "global", "#4477aa", "o"),
         ("personal", "personal", "#cc6633", "D"),
     ):
-        left.scatter(gain[key], rows, s=18, c=colour, marker=marker, label=label, zorder=3)
+        left.scatter(gains[key], rows, s=18, c=colour, marker=marker, label=label, zorder=3)
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(
-        list(rows), [_short(n) for n in names] if len(names) <= 60 else [""] * len(names)
+        list(rows),
+        [_short(n) for n in names] if len(names) <= 60 else [""] * len(names),
+        parse_math=False,  # a user may be called "$_$"
     )
     left.tick_params(axis="y", labelsize=7, length=0)
     left.set_xlabel("lower held-out loss than the base model, %")
@@ -329,7 +337,7 @@ def write_picture(report: Report, path: Path) -> None:
     left.legend(fontsize=8, loc="lower right")
     right.scatter(
         [mean[n]["train_examples"] for n in names],
-        [100 * (1 - mean[n]["served"] / mean[n]["global_"]) for n in names],
+        [100 * gain(mean[n]["served"], mean[n]["global_"]) for n in names],
         s=18,
         c="#cc6633",
     )
@@ -338,8 +346,11 @@ def write_picture(report: Report, path: Path) -> None:
     right.set_ylabel("served: lower loss than the global adapter, %")
     right.set_title("gain by amount of text", fontsize=10)
     right.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        # The font lacks some scripts: those names are boxes here, and whole in report.txt.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.tight_layout()
+        figure.savefig(path)
 
 
 def _short(name: str) -> str:

@@ -12,6 +12,7 @@ from fedia3.client.splits import SplitPlan
 from fedia3.errors import BadSetting, Corrupt, NotFound
 
 RUNS = Path("fedia3-runs")
+DRAFT = "run.json.draft"  # what a crash at the very start leaves behind
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ class RunFolder:
         """A folder for a new run, by default ``./fedia3-runs/DATE``; nothing is written yet.
 
         Raises:
-            BadSetting: there is something in the folder already.
+            BadSetting: there is something in the folder already, or it is a file.
         """
         path = path or RUNS / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and not path.is_dir():
+            raise BadSetting(f"expected a folder for the run, got the file {path}; give another")
+        if path.exists() and any(p.name != DRAFT for p in path.iterdir()):
             raise BadSetting(
                 f"{path} is not empty; give --out a new folder, or continue that run with "
                 f"--resume {path}"
@@ -80,10 +83,10 @@ class RunFolder:
         Raises:
             NotFound: there is none.
         """
-        runs = sorted(path.parent for path in RUNS.glob("*/run.json"))
+        runs = [path.parent for path in RUNS.glob("*/run.json")]
         if not runs:
             raise NotFound(f"no run in ./{RUNS}; start one with `fedia3 simulate`, or give --run")
-        return cls(runs[-1])
+        return cls(max(runs, key=lambda run: ((run / "run.json").stat().st_mtime_ns, run)))
 
     def begin(self, settings: Settings, *, base: str, data: str) -> None:
         """Write down what the run is and what it depends on, or check that nothing has changed.
@@ -129,10 +132,12 @@ class RunFolder:
             raise NotFound(f"{self.path} holds no run: there is no run.json in it") from None
         except ValueError as error:
             raise Corrupt(f"{self.path / 'run.json'} cannot be read: {error}") from error
+        if not isinstance(facts, dict) or facts.keys() != {"settings", "base", "data"}:
+            raise Corrupt(f"{self.path / 'run.json'} is not of this version: other fields")
         return facts
 
     def _write(self, facts: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        draft = self.path / "run.json.draft"
+        draft = self.path / DRAFT
         draft.write_text(json.dumps(facts, indent=1))
         draft.replace(self.path / "run.json")

@@ -66,11 +66,11 @@ def simulate(settings: Settings, folder: RunFolder, watcher: Watcher | None = No
     started = time.monotonic()
     base = load(BaseStore().find(settings.base), dtype=fastest_dtype())
     dataset = read_people(settings, base)
-    folder.begin(settings, base=base.digest, data=digest_of(dataset))
     federations = [
         _Federation(settings, folder, base, dataset, seed, watcher or Unwatched())
         for seed in settings.seeds
     ]
+    folder.begin(settings, base=base.digest, data=digest_of(dataset))
     users = [result for federation in federations for result in federation.run()]
     facts = _facts(settings, base, dataset, federations, time.monotonic() - started)
     finished = Report(facts, tuple(users))

@@ -181,7 +181,7 @@ def simulate(
             user_field=user_field,
             order_field=order_field,
             skip_bad_lines=skip_bad_lines,
-            base=base,
+            base=_whole_path(base),
             rounds=rounds,
             cohort=cohort,
             seeds=tuple(range(seeds)),
@@ -381,6 +381,11 @@ def _record_facts(record: Any) -> dict[str, Any]:
     facts = asdict(record)
     facts["owner"] = str(record.owner)
     return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in facts.items()}
+
+
+def _whole_path(base: str) -> str:
+    """A base model's folder as it is called from anywhere; names and digests as they are."""
+    return str(Path(base).resolve()) if os.sep in base else base
 
 
 def _quoted(name: str) -> str:

@@ -1,9 +1,15 @@
 """Honest stand-ins for tests, ours and yours: tiny random models of every known architecture."""
 
+import json
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from fedia3.adapters.base_model import BaseModel
 
 SIZES = {
     "hidden_size": 32,
@@ -60,3 +66,48 @@ def tiny_model(architecture: str, *, seed: int = 0, **options: Any) -> "PreTrain
     }.get(architecture, transformers.AutoModelForCausalLM)
     model: PreTrainedModel = kind.from_config(config).float().eval()
     return model
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """Byte-level BPE without merges: 256 bytes behind ``<s>`` 0, ``</s>`` 1 and ``<pad>`` 2."""
+    import transformers  # noqa: PLC0415  # as above
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415  # as above
+
+    special = ["<s>", "</s>", "<pad>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: place for place, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def tiny_base(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    name: str = "toy",
+    seed: int = 0,
+    pretrained_on: Collection[str] = (),
+    **options: Any,
+) -> "BaseModel":
+    """Make ``folder`` a 4-bit base model of :func:`tiny_model`'s kind that reads bytes; load it.
+
+    ``pretrained_on`` are the users that its ``pretraining.json`` names; ``options`` go to the
+    model's config.
+    """
+    from fedia3.adapters.base_model import load, quantize, quiet  # noqa: PLC0415  # as above
+
+    sizes = {"vocab_size": 259, "max_position_embeddings": 256}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    with quiet(), tempfile.TemporaryDirectory() as source:
+        model = tiny_model(architecture, seed=seed, **{**sizes, **tokens, **options})
+        model.save_pretrained(source)
+        byte_tokenizer().save_pretrained(source)
+        if pretrained_on:
+            users = json.dumps({"users": {"toy": sorted(pretrained_on)}})
+            (Path(source) / "pretraining.json").write_text(users)
+        quantize(source, folder, name=name)
+    return load(folder)
