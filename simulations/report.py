@@ -252,9 +252,7 @@ def _exact_text(facts: Mapping[str, Any]) -> str:
 
 def _share(count: Mapping[str, float]) -> str:
     spread = "" if count["least"] == count["most"] else f" ({count['least']}–{count['most']})"
-    return f"{count['mean']:g}{spread} of {count['of']}".replace(".333333", ".3").replace(
-        ".666667", ".7"
-    )
+    return f"{count['mean']:.1f}".removesuffix(".0") + f"{spread} of {count['of']}"
 
 
 def _users_text(users: Sequence[UserResult]) -> str:
