@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fedia3.adapters.adapter import Adapter
 from fedia3.adapters.bank import IA3Bank
+from fedia3.adapters.base_model import BaseModel, load
+from fedia3.adapters.base_store import SHIPPED
 from fedia3.adapters.schema import Schema, Target
 from fedia3.adapters.targets import ARCHITECTURES, find_targets
 from fedia3.errors import BadAdapter, BadTargets
@@ -204,3 +206,37 @@ def test_a_schema_of_another_model_is_an_error(target: Target, message: str) -> 
     """A module that is absent or has another width is named."""
     with pytest.raises(BadTargets, match=message):
         IA3Bank(tiny_model("llama"), Schema("0" * 64, (target,)))
+
+
+@pytest.fixture(scope="module")
+def four_bit() -> BaseModel:
+    """The shipped base with its linear layers left to bitsandbytes."""
+    return load(SHIPPED / "tiny", memory_budget=0)
+
+
+def test_ones_leave_a_4bit_models_logits_bit_identical(four_bit: BaseModel) -> None:
+    """Hooks on bitsandbytes' Linear4bit change nothing either."""
+    ids = torch.arange(3, 27).view(2, 12)
+    bare = four_bit.model(input_ids=ids).logits
+    bank = IA3Bank(four_bit.model, four_bit.schema, rows=2)
+    with bank.using(torch.arange(2)):
+        scaled = four_bit.model(input_ids=ids).logits
+    bank.detach()
+    assert torch.equal(scaled, bare)
+
+
+def test_a_4bit_models_gradient_is_that_of_its_decoded_weights(four_bit: BaseModel) -> None:
+    """4-bit bfloat16 and decoded float32 pull the scales the same way: cosine above 0.99."""
+    gradients = []
+    for base in (four_bit, load(SHIPPED / "tiny")):
+        bank = IA3Bank(base.model, base.schema)
+        ids = torch.arange(3, 27).view(2, 12)
+        with bank.using(torch.tensor([0])):
+            logits = base.model(input_ids=ids).logits.float()
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            ).backward()
+        bank.detach()
+        assert bank.scales.grad is not None
+        gradients.append(bank.scales.grad[0])
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99

@@ -1,0 +1,118 @@
+"""What README, how-tos and changelog promise: paths, links, commands, rows of data."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from fedia3.cli import app
+from fedia3.client.data import read_jsonl
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/data.md", "docs/base-models.md")
+WRITTEN = (*PAGES, *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/adr").glob("*.md")))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The page's fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+
+
+def tree_paths() -> set[str]:
+    """Every path in README's annotated tree, an entry's depth told by its indentation.
+
+    Two spaces part an entry from its note; a line without them continues the note above.
+    """
+    (tree,) = [b for b in blocks("README.md", "text") if re.search(r"^\W*adapters/", b, re.M)]
+    paths, above = set(), list[tuple[int, str]]()
+    for line in tree.splitlines():
+        if entry := re.match(r"([│├└─\s]*)([\w.][\w./-]*)(?:\s{2,}|$)", line):
+            depth = len(entry[1])
+            above = [(d, folder) for d, folder in above if d < depth]
+            path = "".join([above[-1][1] if above else "", entry[2]])
+            above.append((depth, path))
+            paths.add(path)
+    return paths
+
+
+def commands(page: str) -> list[str]:
+    """Every ``fedia3 …`` in the page's shell blocks."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith("fedia3")]
+
+
+def parse(command: str) -> None:
+    """Read a command line as the program would, without running it."""
+    words = shlex.split(command, comments=True)[1:]
+    current: click.Command = typer.main.get_command(app)
+    while isinstance(current, click.Group):
+        assert words, f"{command!r} ends before a command"
+        name = words.pop(0)
+        assert name in current.commands, f"no command {name!r}; there are {list(current.commands)}"
+        current = current.commands[name]
+    current.make_context("fedia3", words)
+
+
+def test_the_tree_names_what_is_there() -> None:
+    """Each path in README's tree exists."""
+    paths = tree_paths()
+    assert "adapters/" in paths
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+
+
+def test_the_tree_leaves_nothing_out() -> None:
+    """Each file and folder that git tracks at the top stands in README's tree."""
+    tracked = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    top = {path.split("/")[0] for path in tracked}
+    assert top - {path.split("/")[0] for path in tree_paths()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_exist(page: str) -> None:
+    """Each command in a shell block is one the program takes, with options that it has."""
+    found = commands(page)
+    assert found
+    for command in found:
+        parse(command)
+
+
+@pytest.mark.parametrize(
+    "command", ["fedia3 simulat", "fedia3 simulate --date x", "fedia3 base import"]
+)
+def test_a_command_that_does_not_exist_is_noticed(command: str) -> None:
+    """A wrong name, a wrong option and a missing argument do not parse."""
+    with pytest.raises((AssertionError, click.UsageError)):
+        parse(command)
+
+
+@pytest.mark.parametrize("page", [*WRITTEN, "CHANGELOG.md"])
+def test_the_links_lead_somewhere(page: str) -> None:
+    """Each relative link and picture is a file or folder of the project."""
+    targets = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
+    local = [target for target in targets if "://" not in target]
+    folder = (ROOT / page).parent
+    assert [target for target in local if not (folder / target).exists()] == []
+
+
+def test_the_rows_of_the_data_page_can_be_read(tmp_path: Path) -> None:
+    """Each of the five example rows is one that training takes."""
+    (rows,) = blocks("docs/data.md", "jsonl")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    dataset = read_jsonl(tmp_path / "rows.jsonl")
+    assert len(dataset.examples["alice"]) == 5
+    assert dataset.skipped == ()
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    """CHANGELOG.md has a heading for the version in pyproject.toml."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
