@@ -34,6 +34,7 @@ class People:
     majority: Mapping[str, float | None]  # accuracy of the user's most common label, if labelled
     too_small: Mapping[str, int]  # users with too little text: how many examples they have
     labelled: bool  # completions are labels or answers: exact matches mean something
+    left_out: int  # texts without a token left to learn once cut to max_length
 
 
 def read_people(settings: Settings, base: BaseModel) -> Dataset:
@@ -90,23 +91,25 @@ def prepare(dataset: Dataset, settings: Settings, seed: int, base: BaseModel) ->
     too_small = dict(population.too_small) | {
         u: len(dataset.examples[u]) for u in encoded if u not in clients
     }
+    given = sum(len(side) for sides in population.splits.values() for side in _sides(sides))
+    kept = sum(len(side) for sides in encoded.values() for side in _sides(sides))
     return People(
         clients,
         {user: majority_accuracy(population.splits[user]) for user in clients},
         too_small,
         all(e.prompt_end for sides in population.splits.values() for e in sides.test),
+        given - kept,
     )
+
+
+def _sides(split: Split | ClientExamples[Any]) -> tuple[Sequence[Any], ...]:
+    return split.train, split.validation, split.test
 
 
 def _encoded(
     sides: Split, task: Task[Any], base: BaseModel, max_length: int
 ) -> ClientExamples[Any]:
-    return ClientExamples(
-        *(
-            _items(examples, task, base, max_length)
-            for examples in (sides.train, sides.validation, sides.test)
-        )
-    )
+    return ClientExamples(*(_items(examples, task, base, max_length) for examples in _sides(sides)))
 
 
 def _items(

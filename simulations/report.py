@@ -70,6 +70,7 @@ class RunFacts:
     peak_memory: int  # bytes, the whole process
     seconds: float  # of this process; a resumed run counts from its resumption
     skipped_lines: int
+    left_out: int  # texts without a token left to learn once cut to max_length
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,10 @@ def _facts_text(facts: RunFacts) -> str:
         )
     if facts.skipped_lines:
         lines.append(f"  {facts.skipped_lines} malformed lines were skipped")
+    if facts.left_out:
+        lines.append(
+            f"  {facts.left_out} texts had nothing left to learn once cut, and are left out"
+        )
     return "\n".join(lines)
 
 
@@ -356,7 +361,9 @@ def _short(name: str) -> str:
 
 
 def write(report: Report, folder: Path) -> None:
-    """``report.txt``, ``report.json`` and ``report.png`` in the run's folder."""
+    """``report.txt``, ``report.png`` and, last and at once, ``report.json``: it says finished."""
     (folder / "report.txt").write_text(report.to_text())
-    (folder / "report.json").write_text(report.to_json())
     write_picture(report, folder / "report.png")
+    draft = folder / "report.json.draft"
+    draft.write_text(report.to_json())
+    draft.replace(folder / "report.json")

@@ -35,6 +35,9 @@ ROWS = 32  # clients trained or judged in one pass; bounds memory whatever the c
 class Watcher(Observer, Protocol):
     """Who watches a simulation: the rounds, and what comes before and after them."""
 
+    def run_started(self, folder: Path) -> None:
+        """Base and text are sound; from here on the run can be resumed."""
+
     def seed_started(self, seed: int, people: People, base: BaseModel) -> None:
         """A federation is about to be trained."""
 
@@ -44,6 +47,9 @@ class Watcher(Observer, Protocol):
 
 class Unwatched(Nobody):
     """Watches nothing."""
+
+    def run_started(self, folder: Path) -> None:
+        """Not watched."""
 
     def seed_started(self, seed: int, people: People, base: BaseModel) -> None:
         """Not watched."""
@@ -63,14 +69,14 @@ def simulate(settings: Settings, folder: RunFolder, watcher: Watcher | None = No
         NotFound: no such base model.
         BadSetting: data, base or settings are not those the run was started with.
     """
-    started = time.monotonic()
+    started, watching = time.monotonic(), watcher or Unwatched()
     base = load(BaseStore().find(settings.base), dtype=fastest_dtype())
     dataset = read_people(settings, base)
     federations = [
-        _Federation(settings, folder, base, dataset, seed, watcher or Unwatched())
-        for seed in settings.seeds
+        _Federation(settings, folder, base, dataset, seed, watching) for seed in settings.seeds
     ]
     folder.begin(settings, base=base.digest, data=digest_of(dataset))
+    watching.run_started(folder.path)
     users = [result for federation in federations for result in federation.run()]
     facts = _facts(settings, base, dataset, federations, time.monotonic() - started)
     finished = Report(facts, tuple(users))
@@ -270,6 +276,7 @@ def _facts(
         peak_memory=_peak_memory(),
         seconds=seconds,
         skipped_lines=len(dataset.skipped),
+        left_out=first.people.left_out,
     )
 
 

@@ -197,7 +197,6 @@ def simulate(
             ),
         )
         folder = RunFolder.new(out_folder)
-    watcher.say(f"run folder {folder.path}")
     with watcher.working("loading the base model"):
         from fedia3.simulations.simulation import simulate as run  # noqa: PLC0415  # torch
     with watcher:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -53,6 +54,10 @@ class TerminalProgress:
         """A spinner while something of unknown length goes on."""
         with self.console.status(escape(what)):
             yield
+
+    def run_started(self, folder: Path) -> None:
+        """Where everything is kept."""
+        self.say(f"run folder {folder}")
 
     def seed_started(self, seed: int, people: "People", base: "BaseModel") -> None:
         """Who takes part, on what base."""
