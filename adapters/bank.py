@@ -157,4 +157,6 @@ def _times(activation: Tensor, scale: Tensor) -> Tensor:
             "give one row per example, or a single one"
         )
     middle = (1,) * (activation.dim() - 2)
-    return activation * scale.to(activation.dtype).view(scale.shape[0], *middle, scale.shape[-1])
+    shaped = scale.view(scale.shape[0], *middle, scale.shape[-1])
+    # Multiplied in float32: rounded to bfloat16 first, a scale of 1.003 would be 1.
+    return (activation * shaped).to(activation.dtype)

@@ -151,7 +151,8 @@ def encode_classification(
         raise BadData(f"line {example.line}: expected a label, got none")
     if example.label not in labels:
         raise BadData(
-            f"line {example.line}: expected one of {', '.join(labels)}, got {example.label!r}"
+            f"line {example.line}: expected one of the model's labels {', '.join(labels)}, "
+            "got another one"
         )
     (tokens,) = _tokenize([Example.whole(example.item)], tokenizer)
     ids, cut = _with_own_specials([token.id for token in tokens], tokenizer, max_length)

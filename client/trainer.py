@@ -21,7 +21,7 @@ from fedia3.adapters.bank import IA3Bank
 from fedia3.adapters.schema import Schema
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
 from fedia3.client.tasks import Task
-from fedia3.errors import BadData, BadInput, NoGradient, NotFound
+from fedia3.errors import BadData, BadInput, NoGradient, NotFound, WrongBaseModel
 
 Item = TypeVar("Item")
 TOKENS_AT_ONCE = 1024  # padded tokens of one forward/backward: what stays in cache trains fastest
@@ -100,7 +100,7 @@ def train_rows(
     """Train every job as its own row, all rows of a step in shared batches.
 
     With ``plan.patience`` a row stops after that many epochs without a better validation loss and
-    returns its best vector, the one it started from included.
+    returns the best of its epochs' vectors; whether that beats the start is the gate's question.
 
     Raises:
         BadData: a job has nothing to train on, or no validation examples though patience is set.
@@ -142,7 +142,6 @@ class _Pass(Generic[Item]):
         self.rows = [_Row(job, plan) for job in jobs]
 
     def run(self) -> list[Trained]:
-        self._validate(range(len(self.rows)))
         while active := [n for n, row in enumerate(self.rows) if not row.done]:
             self._step(active)
             self._validate([n for n in active if self.rows[n].at_epoch_end])
@@ -357,6 +356,7 @@ class ResidentTrainer(Generic[Item]):
 
         Raises:
             NotFound: this machine does not hold that client's data.
+            WrongBaseModel: the request is for another base model or other targets.
         """
         if (request.client, request.round_num) not in self._prepared:
             self.prepare([request])
@@ -365,6 +365,11 @@ class ResidentTrainer(Generic[Item]):
     def _job(self, request: TrainRequest) -> Job[Item]:
         if request.client not in self.clients:
             raise NotFound("this machine holds no data of the client it was asked to train")
+        if request.schema_digest != self.schema.digest:
+            raise WrongBaseModel(
+                f"the coordinator trains schema {request.schema_digest[:12]}, this machine's base "
+                f"model has {self.schema.digest[:12]}; load the coordinator's base"
+            )
         examples = self.clients[request.client]
         return Job(request.vector, examples.train, examples.validation, request.seed)
 

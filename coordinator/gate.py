@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedia3.adapters.encoding import require_scales
 from fedia3.adapters.schema import Schema
 from fedia3.adapters.update import ClientUpdate, TrainRequest
-from fedia3.errors import BadSetting
+from fedia3.errors import BadAdapter, BadSetting
 
 MAX_METRICS = 16  # names one client may report
 MAX_METRIC_NAME = 64  # characters
@@ -83,6 +84,7 @@ def admit(
         _unexpected(reply, request, answered)
         or _for_another_round_or_schema(reply, request, schema)
         or _unusable_delta(reply.delta, schema, limits)
+        or _unusable_scales(reply.delta, request)
         or _unusable_weight(reply.num_examples)
     )
     return Rejected(reason) if reason else _admitted(reply, limits)
@@ -117,6 +119,20 @@ def _unusable_delta(delta: object, schema: Schema, limits: GateLimits) -> str | 
         return f"{broken} of {delta.size} values are not finite"
     if (norm := _norm(delta)) > limits.max_norm:
         return f"the delta's norm {norm:.6g} is above the limit {limits.max_norm:.6g}"
+    return None
+
+
+def _unusable_scales(delta: object, request: TrainRequest | None) -> str | None:
+    """What the client's own adapter would be has to be one that can be stored.
+
+    A weighted mean of such adapters is one too, so no admitted update spoils the commit.
+    """
+    assert isinstance(delta, np.ndarray)  # the checks before have settled it
+    assert request is not None
+    try:
+        require_scales(request.vector + delta)
+    except BadAdapter as error:
+        return f"with this delta the adapter could not be stored: {error}"
     return None
 
 

@@ -52,14 +52,21 @@ def read_people(settings: Settings, base: BaseModel) -> Dataset:
             skip_bad_lines=settings.skip_bad_lines,
             render=chat_renderer(base.tokenizer),
         )
-        for user in dataset.examples:
-            checked_name(user, "a user's name")
-        return dataset
+        return _under_registry_names(dataset)
     rows = demo_population(settings.demo_users, settings.demo_texts)
     users = sorted({row["user"] for row in rows})
     return Dataset(
         {u: tuple(Example.whole(r["text"]) for r in rows if r["user"] == u) for u in users}
     )
+
+
+def _under_registry_names(dataset: Dataset) -> Dataset:
+    """The same people under the names the registry keeps: one Unicode form for each."""
+    examples: dict[str, tuple[Example, ...]] = {}
+    for user, theirs in dataset.examples.items():
+        name = checked_name(user, "a user's name")
+        examples[name] = examples.get(name, ()) + theirs
+    return replace(dataset, examples=examples)
 
 
 def digest_of(dataset: Dataset) -> str:

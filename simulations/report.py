@@ -16,6 +16,7 @@ import numpy as np
 
 from fedia3.errors import Corrupt
 
+HEALTHY = (1e-3, 1e-1)  # L2 norm of a client's gradient before clipping
 Choice = str  # "personal" or "global", what the validation split decided
 
 
@@ -67,6 +68,8 @@ class RunFacts:
     bytes_up: int
     rejected: int  # updates the gate refused, all rounds and seeds
     grad_norm: tuple[float, float]  # smallest and largest mean norm of a client's gradient
+    unhealthy: int  # clients' rounds whose mean norm lies outside HEALTHY
+    client_rounds: int
     peak_memory: int  # bytes, the whole process
     seconds: float  # of this process; a resumed run counts from its resumption
     skipped_lines: int
@@ -184,7 +187,7 @@ def _wins(users: Sequence[UserResult], won: Callable[[UserResult], bool]) -> dic
     """How many users, of how many, as mean and spread over the seeds."""
     seeds = sorted({u.seed for u in users})
     counts = [sum(won(u) for u in users if u.seed == seed) for seed in seeds]
-    of = len({u.user for u in users})
+    of = max(sum(u.seed == seed for u in users) for seed in seeds)
     return {"mean": float(np.mean(counts)), "least": min(counts), "most": max(counts), "of": of}
 
 
@@ -199,10 +202,11 @@ def _facts_text(facts: RunFacts) -> str:
         f"fedia3 report — {facts.data} on base {facts.base} ({facts.base_digest[:12]})",
         f"  {facts.users} users, {facts.rounds} rounds of {facts.cohort} clients, "
         f"seeds {', '.join(map(str, facts.seeds))}",
-        f"  one adapter: {facts.adapter_params:,} scales; a client's round: "
+        f"  one adapter: {facts.adapter_params:,} scales; payload of a client's round: "
         f"{facts.bytes_down / 1000:.1f} kB down, {facts.bytes_up / 1000:.1f} kB up; "
         f"{facts.rejected} updates rejected",
-        f"  clients' gradient norms {low:.1e} to {high:.1e} (healthy: 1e-03 to 1e-01); "
+        f"  clients' gradient norms {low:.1e} to {high:.1e}, {facts.unhealthy} of "
+        f"{facts.client_rounds} outside the healthy {HEALTHY[0]:.0e} to {HEALTHY[1]:.0e}; "
         f"peak memory {facts.peak_memory / 1e6:.0f} MB; {facts.seconds:.0f} s",
     ]
     if facts.too_small:

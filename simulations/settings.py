@@ -88,26 +88,31 @@ class RunFolder:
             raise NotFound(f"no run in ./{RUNS}; start one with `fedia3 simulate`, or give --run")
         return cls(max(runs, key=lambda run: ((run / "run.json").stat().st_mtime_ns, run)))
 
-    def begin(self, settings: Settings, *, base: str, data: str) -> None:
+    def begin(self, settings: Settings, *, base: str, data: str, compute: str) -> None:
         """Write down what the run is and what it depends on, or check that nothing has changed.
 
         Args:
             settings: what it is asked to do.
             base: digest of the base model.
             data: digest of everybody's text.
+            compute: number format and threads, without which no bytes are the same.
 
         Raises:
-            BadSetting: base, text or settings are not those that the run was started with.
+            BadSetting: base, text, settings or compute are not those the run was started with.
         """
-        facts = json.loads(json.dumps({"settings": asdict(settings), "base": base, "data": data}))
+        pinned = {"base": base, "data": data, "compute": compute}
+        facts = json.loads(json.dumps({"settings": asdict(settings), **pinned}))
         if not (self.path / "run.json").exists():
             self._write(facts)
         known = self._read()
         changed = [name for name in facts if known.get(name) != facts[name]]
         if changed:
             raise BadSetting(
-                f"{self.path} was started with other {' and '.join(changed)}; put it back as it "
-                "was, or start a new run"
+                f"{self.path} was started with other {' and '.join(changed)}"
+                + "".join(
+                    f"; {n}: {known.get(n)} then, {facts[n]} now" for n in changed if n in pinned
+                )
+                + "; put it back as it was, or start a new run"
             )
 
     def settings(self) -> Settings:
@@ -132,7 +137,7 @@ class RunFolder:
             raise NotFound(f"{self.path} holds no run: there is no run.json in it") from None
         except ValueError as error:
             raise Corrupt(f"{self.path / 'run.json'} cannot be read: {error}") from error
-        if not isinstance(facts, dict) or facts.keys() != {"settings", "base", "data"}:
+        if not isinstance(facts, dict) or facts.keys() != {"settings", "base", "data", "compute"}:
             raise Corrupt(f"{self.path / 'run.json'} is not of this version: other fields")
         return facts
 

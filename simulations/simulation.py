@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
+import torch
+
 from fedia3.adapters.adapter import Adapter, Vector
 from fedia3.adapters.base_model import BaseModel, fastest_dtype, load
 from fedia3.adapters.base_store import BaseStore
@@ -18,14 +21,14 @@ from fedia3.client.data import Dataset
 from fedia3.client.flower import client_app
 from fedia3.client.personalization import Personalized, personalize
 from fedia3.client.tasks import task_for
-from fedia3.client.trainer import Evaluation, ResidentTrainer, evaluate_rows
+from fedia3.client.trainer import Evaluation, ResidentTrainer, evaluate_rows, seed_of
 from fedia3.coordinator.flower import server_app
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.rounds import Nobody, Observer, RoundPlan, run_rounds
 from fedia3.simulations import report
 from fedia3.simulations.grid import LocalGrid, run_server_app
 from fedia3.simulations.population import People, digest_of, prepare, read_people
-from fedia3.simulations.report import Report, RunFacts, UserResult
+from fedia3.simulations.report import HEALTHY, Report, RunFacts, UserResult
 from fedia3.simulations.settings import RunFolder, Settings
 
 T = TypeVar("T")
@@ -62,12 +65,12 @@ def simulate(settings: Settings, folder: RunFolder, watcher: Watcher | None = No
     """Train, personalize and report; a run that was interrupted continues at its last round.
 
     Everything follows from the settings, the data and the base, so the result of a resumed run
-    has the same bytes as that of an uninterrupted one (on the same machine and thread count).
+    has the same bytes as that of an uninterrupted one; number format and threads are held to.
 
     Raises:
         BadData: the data cannot be read, or holds fewer than two users with enough text.
         NotFound: no such base model.
-        BadSetting: data, base or settings are not those the run was started with.
+        BadSetting: data, base, settings or compute are not those the run was started with.
     """
     started, watching = time.monotonic(), watcher or Unwatched()
     base = load(BaseStore().find(settings.base), dtype=fastest_dtype())
@@ -75,7 +78,8 @@ def simulate(settings: Settings, folder: RunFolder, watcher: Watcher | None = No
     federations = [
         _Federation(settings, folder, base, dataset, seed, watching) for seed in settings.seeds
     ]
-    folder.begin(settings, base=base.digest, data=digest_of(dataset))
+    compute = f"{base.model.dtype} on {torch.get_num_threads()} threads"
+    folder.begin(settings, base=base.digest, data=digest_of(dataset), compute=compute)
     watching.run_started(folder.path)
     users = [result for federation in federations for result in federation.run()]
     facts = _facts(settings, base, dataset, federations, time.monotonic() - started)
@@ -166,7 +170,7 @@ class _Federation:
             "base": self._judge("base", [Adapter.ones(self.base.schema).vector] * len(users)),
             "global": self._judge("global", [global_adapter.vector] * len(users)),
             "personal": self._judge("personal", own),
-            "wrong": self._judge("another user's", [*own[1:], own[0]]),
+            "wrong": self._judge("another user's", [own[n] for n in partners(len(own), self.seed)]),
         }
         seen = self.base.pretraining_users
         return [
@@ -244,6 +248,13 @@ class _Federation:
         )
 
 
+def partners(count: int, seed: int) -> list[int]:
+    """For each of ``count`` users another one, drawn by ``seed``: the control's adapters."""
+    circle = np.random.default_rng(seed_of(seed, "control")).permutation(count)
+    following = dict(zip(circle.tolist(), np.roll(circle, -1).tolist(), strict=True))
+    return [following[n] for n in range(count)]
+
+
 def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + ROWS] for start in range(0, len(items), ROWS)]
 
@@ -272,7 +283,9 @@ def _facts(
         bytes_down=first.bytes_down,
         bytes_up=first.bytes_up,
         rejected=sum(federation.rejected for federation in federations),
-        grad_norm=(min(norms), max(norms)),
+        grad_norm=(min(norms, default=0.0), max(norms, default=0.0)),
+        unhealthy=sum(not HEALTHY[0] <= norm <= HEALTHY[1] for norm in norms),
+        client_rounds=len(norms),
         peak_memory=_peak_memory(),
         seconds=seconds,
         skipped_lines=len(dataset.skipped),

@@ -434,7 +434,9 @@ def test_resuming_another_runs_data_is_bad_input(
     data = tmp_path / "chats.jsonl"
     data.write_text(Path(small.data or "").read_text() + '{"user": "ann", "text": "new"}\n')
     run = RunFolder(tmp_path / "run")
-    run.begin(replace(small, data=str(data)), base=finished.folder.base(), data="0" * 64)
+    run.begin(
+        replace(small, data=str(data)), base=finished.folder.base(), data="0" * 64, compute=""
+    )
     assert fedia3("simulate", "--resume", run.path) == 3
     assert "was started with other data" in capfd.readouterr().err
 

@@ -6,6 +6,7 @@ Commands import what they need when they run, so that ``--help`` answers at once
 import json
 import logging
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -358,13 +359,12 @@ def _tell(report: "Report", folder: "RunFolder", *, is_latest: bool) -> None:
     out.print()
     out.print(escape("\n\n".join(parts[:-1])), soft_wrap=True)
     users = [u.user for u in report.users if u.choice == "personal"] or [report.users[0].user]
-    run = "" if is_latest else f" --run {folder.path}"
-    out.print(f"\nevery user: {folder.path / 'report.txt'}, .json and .png")
-    out.print("next:")
-    out.print(f'  fedia3 generate --user {_quoted(users[0])}{run} "hi"', soft_wrap=True)
+    user = shlex.quote(users[0])
+    run = "" if is_latest else f" --run {shlex.quote(str(folder.path))}"
+    out.print(f"\nevery user: {escape(str(folder.path / 'report.txt'))}, .json and .png\nnext:")
+    out.print(escape(f'  fedia3 generate --user {user}{run} "hi"'), soft_wrap=True)
     out.print(
-        f"  fedia3 fetch --user {_quoted(users[0])}{run} --out ./{_file_name(users[0])}",
-        soft_wrap=True,
+        escape(f"  fedia3 fetch --user {user}{run} --out ./{_file_name(users[0])}"), soft_wrap=True
     )
 
 
@@ -385,10 +385,6 @@ def _record_facts(record: Any) -> dict[str, Any]:
 def _whole_path(base: str) -> str:
     """A base model's folder as it is called from anywhere; names and digests as they are."""
     return str(Path(base).resolve()) if os.sep in base else base
-
-
-def _quoted(name: str) -> str:
-    return name if name.isalnum() else f'"{name}"'
 
 
 def _file_name(name: str) -> str:

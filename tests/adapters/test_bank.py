@@ -160,6 +160,18 @@ def test_a_row_without_examples_has_no_gradient() -> None:
     assert bank.scales.grad[1].abs().sum() == 0
 
 
+def test_a_bfloat16_model_feels_small_scales() -> None:
+    """1.003 is 1 in bfloat16; the scale itself is not rounded, so the logits move."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    bare = model(**_inputs("llama")).logits
+    bank = IA3Bank(model, _schema(model))
+    bank.load([np.full(bank.schema.n_params, 1.003, dtype=np.float32)])
+    with bank.using(torch.tensor([0])):
+        scaled = model(**_inputs("llama")).logits
+    assert scaled.dtype == bare.dtype
+    assert not torch.equal(scaled, bare)
+
+
 def test_the_frozen_model_gets_no_gradient() -> None:
     """Only the bank learns."""
     model = tiny_model("llama").requires_grad_(False)

@@ -131,13 +131,16 @@ def test_validation_decides_and_the_test_split_is_never_read(trainer: ResidentTr
         trainer.task.length(trainer.clients["ann"].test[0])
 
 
-def test_patience_never_stores_a_part_that_is_worse(trainer: ResidentTrainer[Any]):
+def test_a_part_that_is_worse_is_kept_and_not_served(trainer: ResidentTrainer[Any]):
     """
-    bob's best vector may be the one he started from: a part of zeros, and he is served the global.
+    What bob learned is his, better or worse; the gate alone decides what answers him.
     """
-    bob = personalize(trainer, ["bob"], start(trainer), DIGEST, PLAN, seed=0)["bob"]
-    assert bob.personal_loss <= bob.global_loss
-    assert bob.choice == ("personal" if bob.personal.delta.any() else "global")
+    everyone = start(trainer)
+    bob = personalize(trainer, ["bob"], everyone, DIGEST, PLAN, seed=0)["bob"]
+    worse = replace(bob, personal_loss=bob.global_loss + 0.1)
+    assert bob.personal.delta.any()
+    assert worse.choice == "global"
+    assert worse.served(everyone) == everyone
 
 
 def test_company_changes_nobody(trainer: ResidentTrainer[Any]):

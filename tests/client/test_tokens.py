@@ -282,7 +282,7 @@ def test_a_label_nobody_announced_is_an_error(label: str | None) -> None:
     The message lists the labels that are known.
     """
     example = Example.answer("cat\n\n", "maybe", label=label)
-    with pytest.raises(BadData, match=r"expected (a label, got none|one of yes, no, got 'maybe')"):
+    with pytest.raises(BadData, match=r"a label, got none|yes, no, got another"):
         encode_classification(example, TOKENIZER, ["yes", "no"], 100)
 
 

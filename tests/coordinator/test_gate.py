@@ -42,6 +42,7 @@ def test_a_sound_reply_is_admitted_with_its_norm():
         ({"delta": None}, "expected a float32 vector, got NoneType"),
         ({"delta": np.array([6, 8], np.float32)}, "norm 10 is above the limit 5"),
         ({"delta": np.full(2, 3e38, np.float32)}, "is above the limit 5"),
+        ({"delta": np.array([-1, -1], np.float32)}, "could not be stored: every scale is zero"),
         ({"num_examples": 0}, "positive whole number of examples, got 0"),
         ({"num_examples": -5}, "got -5"),
         ({"num_examples": 2.5}, "got 2.5"),

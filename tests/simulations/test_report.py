@@ -14,6 +14,8 @@ FACTS = RunFacts(
     data="chats.jsonl", base="toy", base_digest="ab" * 32, users=2, too_small={"eve": 3},
     rounds=2, cohort=2, seeds=(0,), adapter_params=192, bytes_down=768, bytes_up=768, rejected=1,
     grad_norm=(0.01, 0.02), peak_memory=5_000_000, seconds=3.0, skipped_lines=4,
+    unhealthy=1,
+    client_rounds=6,
     left_out=0,
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ SETTINGS = Settings(
 def begun(path: Path) -> RunFolder:
     """A folder whose run.json is written."""
     folder = RunFolder.new(path)
-    folder.begin(SETTINGS, base="ba5e", data="da7a")
+    folder.begin(SETTINGS, base="ba5e", data="da7a", compute="float32")
     return folder
 
 
@@ -76,7 +76,7 @@ def test_beginning_again_changes_nothing(tmp_path: Path):
     """
     folder = begun(tmp_path / "run")
     before = (folder.path / "run.json").read_bytes()
-    folder.begin(SETTINGS, base="ba5e", data="da7a")
+    folder.begin(SETTINGS, base="ba5e", data="da7a", compute="float32")
     assert (folder.path / "run.json").read_bytes() == before
 
 
@@ -87,6 +87,7 @@ def test_beginning_again_changes_nothing(tmp_path: Path):
         ({"data": "0ther"}, "other data;"),
         ({"settings": replace(SETTINGS, rounds=4)}, "other settings;"),
         ({"base": "0ther", "data": "0ther"}, "other base and data;"),
+        ({"compute": "bfloat16"}, "other compute; compute: float32 then, bfloat16 now;"),
     ],
 )
 def test_a_run_does_not_go_on_with_something_else(
@@ -96,7 +97,13 @@ def test_a_run_does_not_go_on_with_something_else(
     The message names what is not as it was; run.json stays.
     """
     folder = begun(tmp_path / "run")
-    facts = {"settings": SETTINGS, "base": "ba5e", "data": "da7a", **changed}
+    facts = {
+        "settings": SETTINGS,
+        "base": "ba5e",
+        "data": "da7a",
+        "compute": "float32",
+        **changed,
+    }
     with pytest.raises(BadSetting, match=named):
         folder.begin(facts.pop("settings"), **facts)
     assert folder.base() == "ba5e"
@@ -116,7 +123,7 @@ def test_a_crash_before_the_first_byte_does_not_block_the_folder(tmp_path: Path)
     Only the draft of run.json is there: nothing to resume, so the folder counts as new.
     """
     (tmp_path / "run.json.draft").write_text("{")
-    RunFolder.new(tmp_path).begin(SETTINGS, base="ba5e", data="da7a")
+    RunFolder.new(tmp_path).begin(SETTINGS, base="ba5e", data="da7a", compute="float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
 
 

@@ -22,7 +22,7 @@ from fedia3.simulations.population import prepare, read_people
 from fedia3.simulations.report import Report
 from fedia3.simulations.run import Run
 from fedia3.simulations.settings import RunFolder, Settings
-from fedia3.simulations.simulation import Unwatched, simulate
+from fedia3.simulations.simulation import Unwatched, partners, simulate
 from fedia3.testing import tiny_base
 
 USERS = ["ann", "bob", "cyd", "dee"]
@@ -385,3 +385,11 @@ def test_the_published_part_names_the_global_it_was_trained_on(finished: Run):
     for record in own:
         assert record.global_digest == last.digest
         assert record.metrics["validation_personal"] < record.metrics["validation_global"]
+
+
+def test_the_control_gives_everybody_somebody_elses_adapter() -> None:
+    """A circle drawn by the seed: nobody meets their own, nobody's is used twice."""
+    drawn = partners(5, seed=1)
+    assert sorted(drawn) == [0, 1, 2, 3, 4]
+    assert all(partner != user for user, partner in enumerate(drawn))
+    assert partners(50, seed=1) != partners(50, seed=2)
