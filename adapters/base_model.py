@@ -341,8 +341,7 @@ def _pretraining_users(folder: Path, manifest: Manifest) -> frozenset[str]:
 def fastest_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies in it, else float32.
 
-    Measured, forward + backward of a 5.9M Llama, 128 x 32 tokens, one core with AVX512-BF16:
-    bfloat16 2.6 times as fast as float32 (benchmarks/README.md).
+    Measured side by side in benchmarks/train_step.py.
     """
     capabilities = torch.cpu.get_capabilities()
     native = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm
