@@ -157,6 +157,6 @@ def _times(activation: Tensor, scale: Tensor) -> Tensor:
             "give one row per example, or a single one"
         )
     middle = (1,) * (activation.dim() - 2)
-    shaped = scale.view(scale.shape[0], *middle, scale.shape[-1])
-    # Multiplied in float32: rounded to bfloat16 first, a scale of 1.003 would be 1.
-    return (activation * shaped).to(activation.dtype)
+    # a + a (s - 1): a scale's distance from one survives bfloat16, where 1.003 itself would be 1.
+    beyond_one = (scale - 1).to(activation.dtype).view(scale.shape[0], *middle, scale.shape[-1])
+    return torch.addcmul(activation, activation, beyond_one)

@@ -27,7 +27,7 @@ class Settings:
     demo_users: int = 24
     demo_texts: int = 60  # of each demo user
     rounds: int = 5
-    cohort: int = 12  # clients of a round
+    cohort: int = 8  # clients of a round
     seeds: tuple[int, ...] = (0,)
     split: SplitPlan = field(default_factory=SplitPlan)
     training: TrainingPlan = field(default_factory=lambda: TrainingPlan(learning_rate=3e-2))

@@ -118,7 +118,7 @@ def simulate(
         str, typer.Option(help="Base model: name, digest or folder; see `fedia3 base list`.")
     ] = "tiny",
     rounds: Annotated[int, typer.Option(help="Federated rounds.")] = 5,
-    cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 12,
+    cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 8,
     epochs: Annotated[int, typer.Option(help="Passes over a client's text in a round.")] = 1,
     max_steps: Annotated[
         int | None,
