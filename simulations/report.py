@@ -341,7 +341,6 @@ def write_picture(report: Report, path: Path) -> None:
     left.set_xlabel("lower held-out loss than the base model, %")
     left.set_title(f"{len(names)} users, one row each", fontsize=10)
     left.grid(axis="x", alpha=0.3)
-    left.legend(fontsize=8, loc="lower right")
     right.scatter(
         [mean[n]["train_examples"] for n in names],
         [100 * gain(mean[n]["served"], mean[n]["global_"]) for n in names],
@@ -356,7 +355,10 @@ def write_picture(report: Report, path: Path) -> None:
     with warnings.catch_warnings():
         # The font lacks some scripts: those names are boxes here, and whole in report.txt.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.tight_layout()
+        figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=3)
+        figure.tight_layout(
+            rect=(0, 0.3 / figure.get_figheight(), 1, 1)
+        )  # a line of the legend below
         figure.savefig(path)
 
 
