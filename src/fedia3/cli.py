@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from click.core import ParameterSource
-from rich.console import Console
 from rich.markup import escape
 
 from fedia3 import __version__
+from fedia3.cli_client import client_app
+from fedia3.cli_coordinator import coordinator_app
+from fedia3.console import Json, err, out
 from fedia3.errors import BadSetting, Fedia3Error
 from fedia3.progress import TerminalProgress
 
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 EXIT_CODES = """
 Exit codes: 0 done · 1 a fault of fedia3 · 2 the command was mistyped · 3 bad input (data,
 adapter, option) · 4 not found · 5 conflict · 6 stored bytes are corrupt · 7 no gradient ·
-8 too few usable replies for a round · 9 the disk refused.
+8 too few usable replies for a round · 9 the disk refused · 10 not allowed · 11 the coordinator
+does not answer.
 """
 app = typer.Typer(
     name="fedia3",
@@ -46,10 +49,9 @@ base_app = typer.Typer(
     help="The 4-bit base models on this machine.", no_args_is_help=True, rich_markup_mode="rich"
 )
 app.add_typer(base_app, name="base")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+app.add_typer(coordinator_app, name="coordinator")
+app.add_typer(client_app, name="client")
 
-Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON, nothing else.")]
 RunOption = Annotated[
     Path | None,
     typer.Option("--run", help="Run folder.", show_default="the newest in ./fedia3-runs"),
