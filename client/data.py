@@ -16,6 +16,7 @@ Other columns are ignored, and a column holding null is as good as absent.
 Error messages name files, lines and columns, never what somebody wrote: they end up in logs.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,18 @@ def read_jsonl(
         raise BadData(f"{path}: expected at least one usable line, found none{first}")
     examples = {user: _in_order(rows, order_field) for user, rows in found.items()}
     return Dataset(examples, tuple(skipped))
+
+
+def files_stamp(path: Path) -> str:
+    """Names, sizes and times of the files that :func:`read_jsonl` would read, as one sha256.
+
+    Another stamp means: look again. Empty where there is nothing to read.
+    """
+    try:
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(Path(path))]
+    except (BadData, OSError):  # gone, or going
+        return ""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[Path, int, bytes]]:

@@ -1,7 +1,5 @@
 """The people of a simulation: their text, read, split and encoded for the base model."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +7,9 @@ from typing import Any
 
 from fedia3.adapters.base_model import BaseModel
 from fedia3.client.data import Dataset, Example, read_jsonl
+from fedia3.client.examples import encode_sides
 from fedia3.client.splits import Split, majority_accuracy, split_users
-from fedia3.client.tasks import Seq2Seq, SequenceClassification, Task, task_for
-from fedia3.client.tokens import (
-    chat_renderer,
-    encode_all,
-    encode_classification,
-    encode_pair,
-)
+from fedia3.client.tokens import chat_renderer
 from fedia3.client.trainer import ClientExamples
 from fedia3.coordinator.records import checked_name
 from fedia3.errors import BadData
@@ -69,14 +62,6 @@ def _under_registry_names(dataset: Dataset) -> Dataset:
     return replace(dataset, examples=examples)
 
 
-def digest_of(dataset: Dataset) -> str:
-    """sha256 (hex) of who wrote what in which order."""
-    content = {
-        user: [(e.text, e.learn) for e in theirs] for user, theirs in dataset.examples.items()
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def prepare(dataset: Dataset, settings: Settings, seed: int, base: BaseModel) -> People:
     """Split by the plan and encode for the base; who is left without text on a side is too small.
 
@@ -84,11 +69,8 @@ def prepare(dataset: Dataset, settings: Settings, seed: int, base: BaseModel) ->
         BadData: fewer than two users have enough text.
     """
     population = split_users(dataset.examples, replace(settings.split, seed=seed))
-    task = task_for(base.model, base.pad_id)
     length = settings.training.max_length
-    encoded = {
-        user: _encoded(sides, task, base, length) for user, sides in population.splits.items()
-    }
+    encoded = {user: encode_sides(sides, base, length) for user, sides in population.splits.items()}
     clients = {u: e for u, e in sorted(encoded.items()) if e.train and e.validation and e.test}
     if len(clients) < LEAST_USERS:
         raise BadData(
@@ -111,21 +93,3 @@ def prepare(dataset: Dataset, settings: Settings, seed: int, base: BaseModel) ->
 
 def _sides(split: Split | ClientExamples[Any]) -> tuple[Sequence[Any], ...]:
     return split.train, split.validation, split.test
-
-
-def _encoded(
-    sides: Split, task: Task[Any], base: BaseModel, max_length: int
-) -> ClientExamples[Any]:
-    return ClientExamples(*(_items(examples, task, base, max_length) for examples in _sides(sides)))
-
-
-def _items(
-    examples: Sequence[Example], task: Task[Any], base: BaseModel, max_length: int
-) -> Sequence[Any]:
-    if isinstance(task, Seq2Seq):
-        return [encode_pair(e, base.tokenizer, max_length) for e in examples]
-    if isinstance(task, SequenceClassification):
-        names = base.model.config.id2label
-        labels = [names[i] for i in sorted(names)]
-        return [encode_classification(e, base.tokenizer, labels, max_length) for e in examples]
-    return encode_all(examples, base.tokenizer, max_length).items

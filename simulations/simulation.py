@@ -18,6 +18,7 @@ from fedia3.adapters.adapter import Adapter, Vector
 from fedia3.adapters.base_model import BaseModel, fastest_dtype, load
 from fedia3.adapters.base_store import BaseStore
 from fedia3.client.data import Dataset
+from fedia3.client.examples import digest_of
 from fedia3.client.flower import client_app
 from fedia3.client.personalization import Personalized, personalize
 from fedia3.client.tasks import task_for
@@ -27,7 +28,7 @@ from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.rounds import Nobody, Observer, RoundPlan, run_rounds
 from fedia3.simulations import report
 from fedia3.simulations.grid import LocalGrid, run_server_app
-from fedia3.simulations.population import People, digest_of, prepare, read_people
+from fedia3.simulations.population import People, prepare, read_people
 from fedia3.simulations.report import HEALTHY, Report, RunFacts, UserResult
 from fedia3.simulations.settings import RunFolder, Settings
 

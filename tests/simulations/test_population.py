@@ -8,10 +8,11 @@ import pytest
 
 from fedia3.adapters.base_model import BaseModel
 from fedia3.client.data import Dataset, Example
+from fedia3.client.examples import digest_of
 from fedia3.client.splits import SplitPlan
 from fedia3.client.tokens import EncodedClass, EncodedPair
 from fedia3.errors import BadData, BadInput
-from fedia3.simulations.population import digest_of, prepare, read_people
+from fedia3.simulations.population import prepare, read_people
 from fedia3.simulations.settings import Settings
 from fedia3.testing import tiny_base
 
