@@ -29,7 +29,7 @@ class Device:
     user: str
     name: str
     signing_key: bytes  # Ed25519, raw 32 bytes
-    node_key: bytes  # P-384, DER SubjectPublicKeyInfo, as Flower's header carries it
+    node_key: bytes  # P-384, PEM SubjectPublicKeyInfo, byte for byte as Flower's header carries it
     enrolled_ms: int
     revoked_ms: int | None = None
     last_seen_ms: int | None = None
