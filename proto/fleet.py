@@ -1,0 +1,369 @@
+"""Flower's fleet API on the wire, and a relay between a node and its SuperLink.
+
+A node's every call is one POST of a protobuf message to ``/v1/fleet/OPERATION``, with its public
+key, a time and the key's signature over the time in headers. The relay passes such calls on and
+lets a judge look at each, before and after; nothing else gets through. The coordinator's public
+door is one such relay, a device's way out another.
+"""
+
+import asyncio
+import binascii
+import contextlib
+import socket
+import ssl
+from base64 import b64decode
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import uvicorn
+from flwr.proto.fab_pb2 import GetFabRequest, GetFabResponse
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse
+from google.protobuf.message import DecodeError, Message
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fedia3.errors import BadInput, BadSetting, Conflict
+
+PREFIX = "/v1/fleet/"
+KEY_HEADER = "flwr-public-key"  # base64 of the node's key, PEM SubjectPublicKeyInfo
+MEDIA_TYPE = "application/protobuf"
+
+MAX_BODY = 8 << 20  # bytes of a request: Flower cuts arrays into objects of 5 MB
+MAX_ANSWER = 16 << 20  # bytes of a response: an app has at most 10 MB
+UPSTREAM_S = 25.0  # a node gives up after 30
+IDLE_S = 3.0  # before the SuperLink's 5: a connection must not be used as it is closed
+
+Headers = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a node."""
+
+    name: str
+    request: type[Message]
+    response: type[Message]
+
+    @property
+    def path(self) -> str:
+        """``/v1/fleet/pull-messages``."""
+        return PREFIX + self.name
+
+
+_OPERATIONS = (
+    Operation("activate-node", ActivateNodeRequest, ActivateNodeResponse),
+    Operation("deactivate-node", DeactivateNodeRequest, DeactivateNodeResponse),
+    Operation("send-node-heartbeat", SendNodeHeartbeatRequest, SendNodeHeartbeatResponse),
+    Operation("pull-messages", PullMessagesRequest, PullMessagesResponse),
+    Operation("push-messages", PushMessagesRequest, PushMessagesResponse),
+    Operation("get-run", GetRunRequest, GetRunResponse),
+    Operation("get-fab", GetFabRequest, GetFabResponse),
+    Operation("push-object", PushObjectRequest, PushObjectResponse),
+    Operation("pull-object", PullObjectRequest, PullObjectResponse),
+    Operation(
+        "confirm-message-received", ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse
+    ),
+)
+OPERATIONS: Mapping[str, Operation] = {operation.path: operation for operation in _OPERATIONS}
+"""By path: what a registered node needs. It neither registers nor unregisters itself."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a node, as it came."""
+
+    operation: Operation
+    headers: Headers  # names in lower case
+    body: bytes
+
+    @cached_property
+    def message(self) -> Message:
+        """The body read.
+
+        Raises:
+            BadInput: it is no such message.
+        """
+        return _read(self.operation.request, self.body)
+
+    @cached_property
+    def key(self) -> bytes:
+        """The node's public key that the call shows; the SuperLink checks that it has signed.
+
+        Raises:
+            BadInput: there is none.
+        """
+        try:
+            return b64decode(self.headers.get(KEY_HEADER, ""), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadInput(f"{KEY_HEADER} is not base64") from error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back to the node."""
+
+    status: int = 200
+    body: bytes = b""
+    media_type: str = MEDIA_TYPE
+
+    def message(self, operation: Operation) -> Message:
+        """The body read.
+
+        Raises:
+            BadInput: it is no such message.
+        """
+        return _read(operation.response, self.body)
+
+
+def _read(kind: type[Message], data: bytes) -> Message:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise BadInput(f"expected a {kind.__name__}, got {len(data)} other bytes") from error
+
+
+def refusal(status: int, why: str) -> Answer:
+    """An answer that says no; a node's log shows the reason.
+
+    Of these a node repeats a call only after 502, 503 and 504, and ends itself after a heartbeat's
+    401.
+    """
+    return Answer(status, why.encode(), "text/plain; charset=utf-8")
+
+
+class Judge(Protocol):
+    """Who looks at the calls."""
+
+    async def before(self, call: Call) -> Answer | None:
+        """An answer instead of the SuperLink's, None to pass the call on.
+
+        A ``BadInput`` raised here or in ``after`` answers 400.
+        """
+        ...
+
+    async def after(self, call: Call, answer: Answer) -> Answer:
+        """The SuperLink's answer, or another in its place."""
+        ...
+
+
+class LetThrough:
+    """Lets every fleet call through."""
+
+    async def before(self, call: Call) -> Answer | None:  # noqa: ARG002  # the protocol's
+        """Pass it on."""
+        return None
+
+    async def after(self, call: Call, answer: Answer) -> Answer:  # noqa: ARG002  # the protocol's
+        """As it is."""
+        return answer
+
+
+class Upstream:
+    """The SuperLink, or the next relay on the way to it."""
+
+    def __init__(self, address: str, ca_pem: str, max_connections: int = 100) -> None:
+        """``address`` is host:port; only a certificate that ``ca_pem``'s authority signed holds."""
+        verify = ssl.create_default_context(cadata=ca_pem)
+        limits = httpx.Limits(
+            max_connections=max_connections,
+            max_keepalive_connections=max_connections,
+            keepalive_expiry=IDLE_S,
+        )
+        self._client = httpx.AsyncClient(
+            base_url=f"https://{address}",
+            verify=verify,
+            limits=limits,
+            timeout=httpx.Timeout(UPSTREAM_S, connect=5.0),
+            trust_env=False,  # no proxy in between
+        )
+
+    async def send(self, call: Call) -> Answer:
+        """The answer; 502 and 504 where there is none, or one that is too large."""
+        headers = {name: value for name, value in call.headers.items() if _is_passed_on(name)}
+        try:
+            async with self._client.stream(
+                "POST", call.operation.path, content=call.body, headers=headers
+            ) as response:
+                return await _answer_of(response)
+        except httpx.TimeoutException:
+            return refusal(504, "the coordinator does not answer in time")
+        except httpx.HTTPError as error:
+            return refusal(502, f"the coordinator is not there ({type(error).__name__})")
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._client.aclose()
+
+
+def _is_passed_on(header: str) -> bool:
+    return header.startswith("flwr-") or header in ("content-type", "accept")
+
+
+async def _answer_of(response: httpx.Response) -> Answer:
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > MAX_ANSWER:
+            return refusal(502, f"the coordinator's answer has more than {MAX_ANSWER} bytes")
+    return Answer(response.status_code, bytes(body), response.headers.get("content-type", ""))
+
+
+class Relay:
+    """An ASGI application: fleet calls through ``judge`` to ``upstream``, 404 for all else."""
+
+    def __init__(self, upstream: Upstream, judge: Judge, max_body: int = MAX_BODY) -> None:
+        self._upstream = upstream
+        self._judge = judge
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        with contextlib.suppress(ClientDisconnect):
+            answer = await self._answer(request)
+            # what is still unread of a refused body cannot stay in the connection
+            close = {"connection": "close"} if answer.status == 413 else None
+            response = Response(answer.body, answer.status, close, media_type=answer.media_type)
+            await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Answer:
+        operation = OPERATIONS.get(request.url.path)
+        if operation is None or request.method != "POST":
+            return refusal(404, "there is nothing here")
+        body = await _body(request, self._max_body)
+        if body is None:
+            return refusal(413, f"a call has at most {self._max_body} bytes")
+        call = Call(operation, dict(request.headers), body)
+        try:
+            return await self._judged(call)
+        except BadInput as error:
+            return refusal(400, str(error))
+
+    async def _judged(self, call: Call) -> Answer:
+        if (answer := await self._judge.before(call)) is not None:
+            return answer
+        return await self._judge.after(call, await self._upstream.send(call))
+
+
+async def _body(request: Request, limit: int) -> bytes | None:
+    """The request's body; None where it is longer than ``limit``.
+
+    As much again is read and dropped before giving up: a caller that is cut off while it writes
+    does not read why.
+    """
+    announced = request.headers.get("content-length", "0")
+    body, dropped = bytearray(), 0
+    is_long = not announced.isdigit() or int(announced) > limit
+    async for piece in request.stream():
+        if is_long := is_long or len(body) + len(piece) > limit:
+            dropped += len(piece)
+        else:
+            body += piece
+        if dropped > limit:
+            break
+    return None if is_long else bytes(body)
+
+
+class RelayServer:
+    """Serves an ASGI application over TLS in the running loop."""
+
+    def __init__(
+        self, app: Any, *, host: str, port: int, certificate: Path, private_key: Path
+    ) -> None:
+        """``port`` 0 takes a free one; ``certificate`` is a PEM chain.
+
+        Raises:
+            Conflict: somebody else has the port.
+            BadSetting: this machine has no such address.
+        """
+        self._socket = _listening(host, port)
+        config = uvicorn.Config(
+            app,
+            ssl_certfile=certificate,
+            ssl_keyfile=private_key,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            timeout_keep_alive=30,  # longer than a node's pause between polls
+            timeout_graceful_shutdown=10,
+        )
+        self._server = _QuietServer(config)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._socket.getsockname()[1])
+
+    async def start(self) -> None:
+        """Serve from now on; back when it does.
+
+        Raises:
+            BadSetting: the certificate or its key cannot be read.
+        """
+        try:
+            self._server.config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise BadSetting(f"cannot serve with this certificate: {error}") from error
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.005)
+
+    async def wait(self) -> None:
+        """Until it has stopped."""
+        if self._task is not None:
+            await self._task
+
+    async def stop(self) -> None:
+        """Finish the calls under way, take no more."""
+        self._server.should_exit = True
+        await self.wait()
+        self._socket.close()
+
+
+class _QuietServer(uvicorn.Server):
+    """Leaves the process's signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno is None:
+            raise BadSetting(f"this machine has no address {host}: {error}") from error
+        raise Conflict(
+            f"cannot listen on {host}:{port}: {error.strerror}; is another coordinator running?"
+        ) from error
