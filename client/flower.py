@@ -6,7 +6,9 @@ an exception, which may quote a path or a person's words.
 """
 
 import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -24,8 +26,10 @@ from flwr.clientapp import ClientApp
 
 from fedia3.adapters.adapter import Vector
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
-from fedia3.errors import BadAdapter, BadInput, BadSetting
+from fedia3.client.trainer_socket import RemoteTrainer
+from fedia3.errors import BadAdapter, BadInput, BadSetting, TrainerFailed
 
+SOCKET_VARIABLE = "FEDIA3_TRAINER_SOCKET"
 CLIENT_APP_RAISED = 2  # Flower's error code for a failing ClientApp
 
 T = TypeVar("T", int, str)
@@ -55,9 +59,20 @@ def client_app(trainer: Trainer) -> ClientApp:
             return reply_message(trainer.train(request), request, message)
         except Exception as error:
             logger.exception("this device takes no part in the round")
-            return Message(Error(CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
+            return Message(Error(CLIENT_APP_RAISED, _class_of(error)), reply_to=message)
 
     return app
+
+
+def _class_of(error: Exception) -> str:
+    return error.kind if isinstance(error, TrainerFailed) else type(error).__name__
+
+
+class _TrainerOfThisDevice:
+    """The resident trainer, whose socket the environment of this process names."""
+
+    def train(self, request: TrainRequest) -> ClientUpdate:
+        return RemoteTrainer(Path(os.environ[SOCKET_VARIABLE])).train(request)
 
 
 def client_of(context: Context) -> str:
@@ -137,3 +152,7 @@ def reply_message(update: ClientUpdate, request: TrainRequest, message: Message)
         }
     )
     return Message(content, reply_to=message)
+
+
+deployed = client_app(_TrainerOfThisDevice())
+"""What a device runs for each message: the thin app names it."""

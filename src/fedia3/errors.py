@@ -15,6 +15,7 @@
     ├── StorageFailed          the disk refused; nothing was changed
     ├── NoGradient             training cannot move a vector, and names it
     ├── QuorumNotMet           too few usable replies before the round's deadline
+    ├── TrainerFailed          a device's trainer could not do what it was asked
     ├── NotAllowed             who asks may not do this
     │   ├── BadToken           no token, or one that is unknown, expired or revoked
     │   ├── BadInvite          an invite that is unknown, used or expired
@@ -102,6 +103,14 @@ class QuorumNotMet(Fedia3Error):
     """Too few usable replies before the round's deadline; the round is not committed."""
 
     exit_code = 8
+
+
+class TrainerFailed(Fedia3Error):
+    """A device's trainer could not do what it was asked; ``kind`` is the class of its error."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class NotAllowed(Fedia3Error):

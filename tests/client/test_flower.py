@@ -14,8 +14,8 @@ from flwr.app import (
 )
 
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
-from fedia3.client.flower import client_app, read_request
-from fedia3.errors import BadAdapter, BadInput, BadSetting
+from fedia3.client.flower import SOCKET_VARIABLE, client_app, deployed, read_request
+from fedia3.errors import BadAdapter, BadInput, BadSetting, TrainerFailed
 
 CONFIG = {"round": 3, "seed": 7, "schema": "5c", "plan.learning_rate": 0.02, "plan.max_steps": 4}
 
@@ -118,3 +118,16 @@ def test_a_malformed_request_is_refused(sent, error, says):
     """Every part of a message is checked before the trainer sees it."""
     with pytest.raises(error, match=says):
         read_request(sent, "alice")
+
+
+def test_the_deployed_app_answers_with_the_class_of_the_trainers_failure(monkeypatch, tmp_path):
+    """Without a trainer there is nobody to ask; a trainer's own failure keeps its class."""
+    monkeypatch.setenv(SOCKET_VARIABLE, str(tmp_path / "trainer.sock"))
+    reply = deployed(message(), node(client="alice"))
+    assert reply.error.reason == "Unreachable"
+
+    class Failing:
+        def train(self, request: TrainRequest) -> ClientUpdate:
+            raise TrainerFailed("the trainer failed with OSError", "OSError")
+
+    assert client_app(Failing())(message(), node(client="alice")).error.reason == "OSError"
