@@ -2,19 +2,23 @@
 
 A directory is right when it passes ``tests/coordinator/test_directory_contract.py``. Secrets come
 in as their sha256: nothing that opens a door is stored. Times are ms since 1970, given by the
-caller: the directory has no clock.
+caller: the directory has no clock. What every backend has to decide inside its own transaction is
+written once, as pure functions, at the end.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from fedia3.coordinator.records import checked_name
-from fedia3.errors import BadInput
+from fedia3.errors import BadInput, BadInvite, BadSetting, BadToken, Conflict, NotFound, Replayed
 
 PrincipalKind = Literal["device", "service", "admin"]
 
 SIGNING_KEY_BYTES = 32  # Ed25519, raw
+TOKENS_OF_A_DEVICE = 4  # those that end last; no clock decides, so a wrong one shuts nobody out
+INVITE_KEPT_MS = 24 * 3600 * 1000  # an invite is forgotten when one ends that much later
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Directory(Protocol):
     """Devices, tokens, invites, nonces and the operator's word. Every call is one transaction."""
 
     def add_invite(self, invite: Invite) -> None:
-        """Keep a new invite; expired ones are dropped on the way."""
+        """Keep a new invite; those that ended a day before it are dropped on the way."""
         ...
 
     def invite(self, code_sha256: bytes, now_ms: int) -> Invite:
@@ -110,8 +114,8 @@ class Directory(Protocol):
     def enrol(self, invite: Invite, device: Device, token: Token, now_ms: int) -> Device:
         """Use the invite up, keep the device and its token; the device as it is kept.
 
-        Repeated with the same two keys while the invite lasts: the device that is there, whose
-        earlier tokens end, and the new token.
+        Repeated with the same two keys while the invite lasts, or with another invite of the same
+        user: the device that is there, whose earlier tokens end, and the new token.
 
         Raises:
             BadInvite: it is over, or another device used it.
@@ -120,10 +124,11 @@ class Directory(Protocol):
         ...
 
     def add_token(self, token: Token) -> None:
-        """Keep a token; expired ones are dropped on the way.
+        """Keep a token; of a device's, the four that end last.
 
         Raises:
             NotFound: it is for a device that is not enrolled or is revoked.
+            Conflict: it is there already.
         """
         ...
 
@@ -199,3 +204,93 @@ class Directory(Protocol):
     def close(self) -> None:
         """Let go of files and connections."""
         ...
+
+
+def open_directory(folder: Path) -> Directory:
+    """The directory in ``folder``, in the database of its registry; created where it is new.
+
+    Raises:
+        BadSetting: the folder cannot be created or written.
+        BadInput: its database is no registry's, or a newer fedia3 wrote it.
+    """
+    from fedia3.coordinator.stores.sql_directory import (  # noqa: PLC0415 slow, unused in memory
+        SqlDirectory,
+    )
+
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadSetting(
+            f"cannot keep a directory in {folder}: {error.strerror}; choose a folder you can write"
+        ) from error
+    return SqlDirectory.at(folder / "registry.db")
+
+
+def require_invite(found: Invite | None, now_ms: int) -> Invite:
+    """The invite that was found, if its time is not over.
+
+    Raises:
+        BadInvite: none was found, or it is over; the message is the same.
+    """
+    if found is None or found.expires_ms <= now_ms:
+        raise bad_invite()
+    return found
+
+
+def enrolled_before(invite: Invite, device: Device, alike: Sequence[Device]) -> Device | None:
+    """The device that enrols again, None for a new one; ``alike`` share its id or a key.
+
+    Raises:
+        BadInvite: another device used the invite.
+        Conflict: one of the keys belongs to another device, or to one that was shut out.
+    """
+    again = next((known for known in alike if _is_again(known, device, invite.user)), None)
+    if invite.device_id is not None and (again is None or again.device_id != invite.device_id):
+        raise bad_invite()
+    if again is None and alike:
+        raise Conflict(
+            "one of the keys belongs to another device, or to one that was shut out; make new keys"
+        )
+    return again
+
+
+def require_known_token(
+    token: Token | None, device: Device | None, token_sha256: bytes, now_ms: int
+) -> Principal:
+    """Who shows this token; ``device`` is the one that the token names, if any.
+
+    Raises:
+        BadToken: there is no such token, its time is over, or its device is shut out.
+    """
+    if token is None or token.expires_ms <= now_ms:
+        raise bad_token()
+    if token.kind != "device":
+        return Principal(token.kind, token.principal, token_sha256, None, token.signing_key)
+    if device is None or device.revoked_ms is not None:
+        raise bad_token()
+    return Principal("device", device.device_id, token_sha256, device.user, device.signing_key)
+
+
+def bad_invite() -> BadInvite:
+    """One error for unknown, used and ended invites: a guess learns nothing from it."""
+    return BadInvite("the invite is unknown, used or expired; ask the operator for a new code")
+
+
+def bad_token() -> BadToken:
+    """One error for unknown, ended and revoked tokens."""
+    return BadToken("the token is unknown, expired or revoked; enrol this device again")
+
+
+def no_device(device_id: str) -> NotFound:
+    """The error for a device that is not there."""
+    return NotFound(f"no device {device_id[:40]!r} is enrolled; list what there is first")
+
+
+def replayed() -> Replayed:
+    """The error for a nonce that was used before."""
+    return Replayed("this request was answered before; sign a new one with a new nonce")
+
+
+def _is_again(known: Device, device: Device, user: str) -> bool:
+    same_keys = (known.signing_key, known.node_key) == (device.signing_key, device.node_key)
+    return same_keys and known.user == user and known.revoked_ms is None

@@ -38,7 +38,7 @@ def test_the_import_contracts_hold():
     ("module", "line", "contract"),
     [
         ("coordinator/cohort.py", "import flwr.app", "only the wire edges touch flwr"),
-        ("coordinator/cohort.py", "import sqlalchemy", "only the SQL store touches SQLAlchemy"),
+        ("coordinator/cohort.py", "import sqlalchemy", "only the SQL stores touch SQLAlchemy"),
         ("client/flower.py", "import fedia3.coordinator.gate", "imports run one way"),
     ],
 )

@@ -3,7 +3,8 @@
 from alembic import context
 
 from fedia3.coordinator.migrations import VERSION_TABLE
-from fedia3.coordinator.stores.sql import Table
+from fedia3.coordinator.stores import sql, sql_directory  # noqa: F401 they declare the tables
+from fedia3.coordinator.stores.engine import Table
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -1,12 +1,6 @@
-"""The store that lasts: SQLAlchemy tables, on SQLite.
+"""The store that lasts: what the registry remembers, in SQLAlchemy tables."""
 
-SQLite is used the way that loses nothing: a write-ahead log flushed at every commit, writers that
-take the write lock before they read (a transaction that reads first and then writes fails under
-load, whatever the busy timeout), and readers on connections that cannot write.
-"""
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from json import loads
@@ -18,32 +12,23 @@ from sqlalchemy import (
     BigInteger,
     Connection,
     Double,
-    Engine,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     Row,
     Select,
     String,
     Text,
     UniqueConstraint,
-    create_engine,
     delete,
-    event,
     insert,
-    make_url,
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.orm import Mapped, mapped_column
 
-from fedia3.coordinator.migrations import migrate
 from fedia3.coordinator.records import (
     AdapterDraft,
     AdapterRecord,
@@ -61,30 +46,10 @@ from fedia3.coordinator.store import (
     require_positive,
     require_same_bytes,
 )
-from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt, Fedia3Error, StorageFailed
+from fedia3.coordinator.stores.engine import Database, Table
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
-
-# The timeout comes first: the statements after it may have to wait for another process.
-_WAIT = "PRAGMA busy_timeout = 5000"
-_DURABLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
-_WRITER = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = ON")
-_READER = (_WAIT, "PRAGMA query_only = ON")
-_MIGRATOR = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = OFF")
-
-
-class Table(DeclarativeBase):
-    """What the tables have in common: constraints get names, so that migrations can change them."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
 
 
 class AdapterRow(Table):
@@ -175,37 +140,22 @@ class StateRow(Table):
 class SqlStore:
     """The store in a database; see :class:`fedia3.coordinator.store.Store`.
 
-    Opening creates the tables, or brings an older schema up to date.
-
-    Raises:
-        BadSetting: the URL is not SQLite's, or the file cannot be opened.
-        BadInput: the file is no registry, or a newer fedia3 wrote it.
-        Conflict: another process kept the write lock for five seconds (any call may raise this).
-        Corrupt: the database is damaged (any call may raise this).
+    Its errors are :class:`fedia3.coordinator.stores.engine.Database`'s.
     """
 
     def __init__(self, url: str | URL) -> None:
-        self._url = make_url(url)
-        if self._url.get_backend_name() != "sqlite" or not self._url.database:
-            raise BadSetting(
-                f"a registry is kept in an SQLite file, got {self._url.render_as_string()}"
-            )
-        self._migrate()
-        # One writing connection: this process's writers queue here instead of polling SQLite's
-        # lock, which serves them in no order.
-        self._writer = _engine(self._url, _WRITER, "BEGIN IMMEDIATE", size=1)
-        self._reader = _engine(self._url, _READER, "BEGIN", size=8)
+        self._database = Database(url)
 
     @classmethod
     def at(cls, path: Path) -> "SqlStore":
         """The store in this file, created where there is none."""
-        return cls(URL.create("sqlite", database=str(path)))
+        return cls(Database.url_of(path))
 
     def publish(
         self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if idem_key is not None:
                 published = _by_key(connection, draft, idem_key)
                 if published is not None:
@@ -214,7 +164,7 @@ class SqlStore:
 
     def commit_round(self, commit: RoundCommit, at: datetime) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.commit_round`."""
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             require_next_round(_latest_round(connection), commit)
             adapter_id, record = _append(connection, commit.draft, at, idem_key=None)
             connection.execute(
@@ -236,17 +186,17 @@ class SqlStore:
 
     def latest_round(self) -> RoundRecord | None:
         """See :meth:`fedia3.coordinator.store.Store.latest_round`."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return _latest_round(connection)
 
     def server_state(self) -> bytes | None:
         """See :meth:`fedia3.coordinator.store.Store.server_state`."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return connection.execute(select(StateRow.state)).scalar_one_or_none()
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """See :meth:`fedia3.coordinator.store.Store.rounds`."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(_SELECT_ROUNDS.order_by(RoundRow.round_num)).all()
             return _round_records(rows, connection.execute(_SELECT_CONTRIBUTIONS).all())
 
@@ -256,7 +206,7 @@ class SqlStore:
         if version is not None:
             # Larger numbers do not fit a database's integer, nor a version.
             query = query.where(VersionRow.version == (version if 0 < version < 2**31 else 0))
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise no_version(owner, base, version)
@@ -265,7 +215,7 @@ class SqlStore:
     def find_digest(self, owner: Owner, base: str, digest: str) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.find_digest`."""
         query = _select_versions(owner, base).where(VersionRow.digest == digest).limit(1)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise no_digest(owner, base, digest)
@@ -273,7 +223,7 @@ class SqlStore:
 
     def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
         """See :meth:`fedia3.coordinator.store.Store.versions`."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(_select_versions(owner, base)).all()
         return tuple(_adapter_record(row) for row in rows)
 
@@ -285,83 +235,13 @@ class SqlStore:
         query = select(AdapterRow.owner_name).where(AdapterRow.owner_kind == kind).distinct()
         if after is not None:
             query = query.where(AdapterRow.owner_name > after)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             names = connection.scalars(query.order_by(AdapterRow.owner_name).limit(limit)).all()
         return tuple(Owner(kind, name) for name in names)
 
     def close(self) -> None:
         """See :meth:`fedia3.coordinator.store.Store.close`."""
-        self._reader.dispose()
-        self._writer.dispose()
-
-    def _migrate(self) -> None:
-        engine = _engine(self._url, _MIGRATOR, "BEGIN IMMEDIATE", size=None)
-        with _translated(self._url), engine.begin() as connection:
-            migrate(connection)
-            # Foreign keys are off on this connection, so nothing else would notice.
-            if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all():
-                raise Corrupt(
-                    f"{self._url.database} has {len(broken)} rows that refer to nothing, first "
-                    f"in table {broken[0][0]}; restore it from a backup"
-                )
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with _translated(self._url), self._writer.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with _translated(self._url), self._reader.begin() as connection:
-            yield connection
-
-
-def _engine(url: URL, settings: Sequence[str], begin: str, size: int | None) -> Engine:
-    """An engine whose connections start with ``settings`` and whose transactions with ``begin``."""
-    engine = (
-        create_engine(url, poolclass=NullPool)
-        if size is None
-        else create_engine(url, poolclass=QueuePool, pool_size=size, max_overflow=0)
-    )
-
-    @event.listens_for(engine, "connect")
-    def settle(connection: Any, _record: object) -> None:  # Any: DBAPIs have no common type
-        connection.isolation_level = None  # else Python's sqlite3 adds a deferred BEGIN of its own
-        for setting in settings:
-            connection.execute(setting)
-
-    @event.listens_for(engine, "begin")
-    def open_transaction(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    return engine
-
-
-@contextmanager
-def _translated(url: URL) -> Iterator[None]:
-    """The database's errors in our words."""
-    try:
-        yield
-    except PoolTimeout as error:
-        raise Conflict(f"{url.database} was busy for 30 seconds; try again") from error
-    except DBAPIError as error:
-        raise _in_our_words(url, error) from error
-
-
-def _in_our_words(url: URL, error: DBAPIError) -> Fedia3Error:
-    name = getattr(error.orig, "sqlite_errorname", "")
-    said = f"{url.database}: {error.orig}"
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return Conflict(f"{said}; another process kept the write lock for 5 seconds, try again")
-    if name.startswith("SQLITE_CONSTRAINT"):
-        return Conflict(f"{said}; nothing was changed")
-    if name.startswith("SQLITE_CORRUPT"):
-        return Corrupt(f"{said}; restore it from a backup")
-    if name.startswith("SQLITE_NOTADB"):
-        return BadInput(f"{said}; expected a registry, choose another folder")
-    if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
-        return BadSetting(f"{said}; choose a folder you can write")
-    return StorageFailed(f"{said}; nothing was changed, look at the disk and try again")
+        self._database.close()
 
 
 def _append(

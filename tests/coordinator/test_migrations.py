@@ -16,11 +16,21 @@ from sqlalchemy.pool import NullPool
 
 from fedia3.coordinator.migrations import VERSION_TABLE, alembic_config, current_revision, migrate
 from fedia3.coordinator.records import AdapterDraft, Contribution, Owner, RoundCommit
-from fedia3.coordinator.stores.sql import SqlStore, Table
+from fedia3.coordinator.stores.engine import Table
+from fedia3.coordinator.stores.sql import SqlStore
+from fedia3.coordinator.stores.sql_directory import SqlDirectory
 from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt
 
 NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
 ZERO = "0" * 64
+FIRST_SCHEMAS_ROWS = (
+    f"INSERT INTO adapter VALUES (1, 'global', '', '{ZERO}', 2)",
+    "INSERT INTO adapter_version VALUES "
+    f"(1, 1, 'adapter', '{ZERO}', '{ZERO}', 0, 0, '{{}}', NULL, NULL, 0, NULL)",
+    "INSERT INTO round VALUES (0, 1, 1, '{}', 0)",
+    "INSERT INTO contribution VALUES (0, 0, 'anna', 'accepted', '', 0, NULL, '{}')",
+    "INSERT INTO server_state VALUES (0, x'7374617465')",  # state
+)
 
 
 @pytest.fixture
@@ -85,7 +95,7 @@ def test_the_migrations_have_one_head(path: Path) -> None:
     Two heads would leave it open which schema is the newest.
     """
     with connected(path) as connection:
-        assert len(ScriptDirectory.from_config(alembic_config(connection)).get_heads()) == 1
+        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0002"]
 
 
 def test_down_and_up_again_ends_at_the_same_schema(path: Path) -> None:
@@ -102,6 +112,33 @@ def test_down_and_up_again_ends_at_the_same_schema(path: Path) -> None:
         after = connection.exec_driver_sql(everything).all()
     assert left == {VERSION_TABLE}
     assert after == before
+
+
+def test_a_registry_of_the_first_schema_keeps_its_rows(path: Path) -> None:
+    """
+    A database that the first fedia3 filled is opened by this one: its round is there, and devices
+    may enrol.
+    """
+    with connected(path) as connection:
+        command.upgrade(alembic_config(connection), "0001")
+        for statement in FIRST_SCHEMAS_ROWS:
+            connection.exec_driver_sql(statement)
+    store = SqlStore.at(path)
+    assert store.server_state() == b"state"
+    assert [c.client for c in store.rounds()[0].contributions] == ["anna"]
+    assert SqlDirectory.at(path).enrolled() == ()
+
+
+def test_going_back_to_the_first_schema_keeps_the_registry(path: Path) -> None:
+    """
+    Downgrading one step drops the directory's tables and no row of the registry's.
+    """
+    opened_with_a_round(path).close()
+    with connected(path) as connection:
+        command.downgrade(alembic_config(connection), "0001")
+        assert connection.exec_driver_sql("SELECT count(*) FROM round").scalar() == 1
+        names = connection.exec_driver_sql("SELECT name FROM sqlite_master").scalars().all()
+    assert not {"device", "token", "invite", "nonce", "round_control"} & set(names)
 
 
 def test_opening_again_keeps_the_rows(path: Path) -> None:
@@ -180,7 +217,8 @@ def test_a_commit_is_flushed_before_it_is_acknowledged(path: Path) -> None:
     """
     store = SqlStore.at(path)
     settings = ("journal_mode", "synchronous", "foreign_keys", "query_only")
-    with store._writing() as writer, store._reading() as reader:
+    database = store._database
+    with database.writing() as writer, database.reading() as reader:
         written = [writer.exec_driver_sql(f"PRAGMA {s}").scalar() for s in settings]
         assert written == ["wal", 2, 1, 0]  # 2 = FULL
         assert reader.exec_driver_sql("PRAGMA query_only").scalar() == 1
