@@ -27,8 +27,7 @@ def enroll(
     address: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
     code: Annotated[
         str | None,
-        typer.Argument(help="From the coordinator's operator; asked for where it is left out, "
-                       "which keeps it out of the shell's history."),
+        typer.Argument(help="From the coordinator's operator.", show_default="asked for"),
     ] = None,
     ca: Annotated[
         Path, typer.Option("--ca", help="ca.pem of the coordinator, from its operator.")
@@ -42,7 +41,8 @@ def enroll(
 ) -> None:  # fmt: skip
     """Make this device one of yours: it makes its keys and proves that it has them.
 
-    The code holds for ten minutes and for one device: [bold]fedia3 coordinator invite[/bold].
+    The code comes from [bold]fedia3 coordinator invite[/bold], holds for ten minutes and for one
+    device. Leave it out and it is asked for: so it stays out of the shell's history.
     """
     import platform  # noqa: PLC0415  # --help stays fast
 

@@ -1,10 +1,17 @@
-"""Honest stand-ins for tests, ours and yours: tiny random models of every known architecture."""
+"""Honest stand-ins for tests, ours and yours: tiny random models, and a network that fails."""
 
+import contextlib
 import json
+import socket
+import struct
 import tempfile
+import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event, Lock, Thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -53,9 +60,9 @@ def tiny_model(architecture: str, *, seed: int = 0, **options: Any) -> "PreTrain
 
     names = {**SIZES, **TOKENS, **OTHER_NAMES.get(architecture, {}), **options}
     config = transformers.AutoConfig.for_model(architecture, **names)
-    for field in vars(config):
-        if "drop" in field and isinstance(getattr(config, field), float):
-            setattr(config, field, 0.0)
+    for option in vars(config):
+        if "drop" in option and isinstance(getattr(config, option), float):
+            setattr(config, option, 0.0)
     torch.manual_seed(seed)
     kind: Any = {
         "t5": transformers.AutoModelForSeq2SeqLM,
@@ -111,3 +118,167 @@ def tiny_base(
             (Path(source) / "pretraining.json").write_text(users)
         quantize(source, folder, name=name)
     return load(folder)
+
+
+@dataclass
+class Flow:
+    """One direction of a :class:`CuttingProxy`, over all its connections."""
+
+    count: int = 0  # bytes passed on
+    captured: bytearray = field(default_factory=bytearray)  # those bytes, if the proxy keeps them
+    bytes_per_s: float | None = None  # no faster than that
+
+
+class CuttingProxy:
+    """A TCP relay on 127.0.0.1 that counts, captures, cuts, truncates, slows, stalls and refuses.
+
+    Every knob may be turned while connections are open.
+
+    Args:
+        target: ``host:port`` of the server.
+        captures: keep every byte of both directions in :attr:`Flow.captured`.
+    """
+
+    def __init__(self, target: str, *, captures: bool = False) -> None:
+        host, _, port = target.rpartition(":")
+        self._target, self._captures = (host, int(port)), captures
+        self.to_server, self.to_client = Flow(), Flow()
+        self.connections = 0  # accepted so far
+        self.refuses = False  # new connections are hung up on
+        self._flows, self._over = Event(), Event()
+        self._flows.set()
+        self._budget: int | None = None
+        self._is_clean = False
+        self._lock, self._open = Lock(), set[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def cut(self) -> None:
+        """Reset every open connection."""
+        with self._lock:
+            for end in self._open:
+                _reset(end)
+
+    def cut_after(self, to_client: int) -> None:
+        """Reset all connections, once, when so many more bytes have gone towards clients."""
+        with self._lock:
+            self._budget, self._is_clean = to_client, False
+
+    def truncate_after(self, to_client: int) -> None:
+        """As :meth:`cut_after`, but with a clean end, as a server that says goodbye too early."""
+        with self._lock:
+            self._budget, self._is_clean = to_client, True
+
+    def stall(self) -> None:
+        """Pass nothing on, and keep everything open."""
+        self._flows.clear()
+
+    def flow(self) -> None:
+        """Pass on again."""
+        self._flows.set()
+
+    def close(self) -> None:
+        """Hang up on everybody and stop listening."""
+        self._over.set()
+        self._flows.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            try:
+                if self.refuses:
+                    raise ConnectionRefusedError
+                server = socket.create_connection(self._target, timeout=5)
+            except OSError:
+                _reset(client)
+                client.close()
+                continue
+            self._join(client, server)
+
+    def _join(self, client: socket.socket, server: socket.socket) -> None:
+        for end in (client, server):
+            end.settimeout(None)
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            self._open |= {client, server}
+        ways = ((client, server, self.to_server), (server, client, self.to_client))
+        pumps = [Thread(target=self._pump, args=way, daemon=True) for way in ways]
+        for pump in pumps:
+            pump.start()
+        Thread(target=self._forget, args=(pumps, client, server), daemon=True).start()
+
+    def _forget(self, pumps: list[Thread], *ends: socket.socket) -> None:
+        for pump in pumps:
+            pump.join()
+        with self._lock:
+            self._open -= set(ends)
+        for end in ends:
+            end.close()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, flow: Flow) -> None:
+        """Relay until an end closes; a clean end is passed on as one."""
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._flows.wait()
+                self._pass_on(self._allowed(data, flow), sink, flow)
+            sink.shutdown(socket.SHUT_WR)
+            return
+        _reset(sink)
+
+    def _allowed(self, data: bytes, flow: Flow) -> bytes:
+        """What may still pass; the budget's last byte cuts."""
+        with self._lock:
+            if flow is not self.to_client or self._budget is None:
+                return data
+            data, self._budget = data[: self._budget], max(0, self._budget - len(data))
+            return data
+
+    def _pass_on(self, data: bytes, sink: socket.socket, flow: Flow) -> None:
+        if flow.bytes_per_s:
+            time.sleep(len(data) / flow.bytes_per_s)
+        sink.sendall(data)
+        with self._lock:
+            flow.count += len(data)
+            if self._captures:
+                flow.captured += data
+            is_used_up = flow is self.to_client and self._budget == 0
+            if is_used_up:
+                self._budget = None
+        if is_used_up:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        if not self._is_clean:
+            self.cut()
+            return
+        with self._lock:
+            for end in self._open:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+def _reset(end: socket.socket) -> None:
+    """End a connection so that both sides notice at once, whatever is under way."""
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.shutdown(socket.SHUT_RDWR)
