@@ -41,6 +41,14 @@ class BlobStore(Protocol):
         """Whether something is stored under this digest; it is not read."""
         ...
 
+    def delete(self, digest: str) -> None:
+        """Keep these bytes no longer, also across a crash; where there are none, nothing happens.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        ...
+
     def digests(self) -> Iterator[str]:
         """Every stored digest, in no order."""
         ...
@@ -67,6 +75,10 @@ class MemoryBlobs:
     def has(self, digest: str) -> bool:
         """See :meth:`BlobStore.has`."""
         return digest in self._blobs
+
+    def delete(self, digest: str) -> None:
+        """See :meth:`BlobStore.delete`."""
+        self._blobs.pop(digest, None)
 
     def digests(self) -> Iterator[str]:
         """See :meth:`BlobStore.digests`."""
@@ -119,6 +131,18 @@ class FileBlobs:
     def has(self, digest: str) -> bool:
         """See :meth:`BlobStore.has`."""
         return self._path(digest).is_file()
+
+    def delete(self, digest: str) -> None:
+        """See :meth:`BlobStore.delete`."""
+        path = self._path(digest)
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync(path.parent)
+        except OSError as error:
+            raise StorageFailed(
+                f"cannot delete {path}: {error.strerror}; fix the folder and try again"
+            ) from error
 
     def digests(self) -> Iterator[str]:
         """See :meth:`BlobStore.digests`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -63,6 +64,9 @@ class Registry:
         self.store = store
         self.blobs = blobs
         self._clock = clock
+        # Two users may have the same bytes, such as a part that learned nothing: erasing one's
+        # must not take those that the other is about to publish.
+        self._personal = Lock()
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -142,19 +146,35 @@ class Registry:
         """
         owner, schema = Owner.user(user), personal.schema
         trained_on = self._global_version(personal)
-        draft = AdapterDraft(
-            owner=owner,
-            form="personal",
-            digest=self.blobs.put(encoding.encode_personal(personal)),
-            schema_digest=schema.digest,
-            base=schema.base_digest,
-            round_num=trained_on.round_num,
-            num_examples=num_examples,
-            metrics=metrics or {},
-            parent=self._latest_digest(owner, schema.base_digest),
-            global_digest=trained_on.digest,
-        )
-        return self._publish(draft, idem_key)
+        with self._personal:
+            draft = AdapterDraft(
+                owner=owner,
+                form="personal",
+                digest=self.blobs.put(encoding.encode_personal(personal)),
+                schema_digest=schema.digest,
+                base=schema.base_digest,
+                round_num=trained_on.round_num,
+                num_examples=num_examples,
+                metrics=metrics or {},
+                parent=self._latest_digest(owner, schema.base_digest),
+                global_digest=trained_on.digest,
+            )
+            return self._publish(draft, idem_key)
+
+    def erase_user(self, user: str, base: str | None = None) -> int:
+        """Delete a user's own parts, on one base or on all, bytes included; how many there were.
+
+        The bytes go first: an erasure that a crash cuts short is finished by asking again. What
+        rounds made of the user's contributions stays.
+
+        Raises:
+            BadInput: the name is not sound.
+        """
+        owner = Owner.user(user)
+        with self._personal:
+            for digest in self.store.unshared(owner, base):
+                self.blobs.delete(digest)
+            return self.store.erase(owner, base)
 
     def commit_round(
         self,
@@ -217,9 +237,11 @@ class Registry:
         personal = encoding.decode_personal(data, schema)
         return Effective(personal.on(global_adapter, alpha), everyone, record)
 
-    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
-        """All of an owner's versions, newest first; empty for an owner who has none."""
-        return self.store.versions(owner, base)
+    def versions(
+        self, owner: Owner, base: str, before: int | None = None, limit: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
+        """An owner's versions, newest first: all, or up to ``limit`` of those below ``before``."""
+        return self.store.versions(owner, base, before, limit)
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100

@@ -15,7 +15,7 @@ from fedia3.coordinator.records import (
     RoundCommit,
     RoundRecord,
 )
-from fedia3.errors import BadSetting, Conflict, NotFound, WrongBaseModel
+from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, WrongBaseModel
 
 
 class Store(Protocol):
@@ -77,14 +77,33 @@ class Store(Protocol):
         """
         ...
 
-    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
-        """All of an owner's versions, newest first; empty for an owner who has none."""
+    def versions(
+        self, owner: Owner, base: str, before: int | None = None, limit: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
+        """An owner's versions, newest first; empty for an owner who has none.
+
+        All of them, or up to ``limit`` of those below version ``before``.
+        """
+        ...
+
+    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
+        """Digests that versions of this owner, on one base or on all, have and no others have."""
+        ...
+
+    def erase(self, owner: Owner, base: str | None = None) -> int:
+        """Forget a user's versions, on one base or on all; how many there were.
+
+        Their numbers are not given again.
+
+        Raises:
+            BadInput: the owner is everyone; rounds refer to those versions.
+        """
         ...
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
     ) -> tuple[Owner, ...]:
-        """A page of owners in code point order of their names, from behind ``after`` on.
+        """A page of owners of versions, in code point order of names, from behind ``after`` on.
 
         Raises:
             BadSetting: the limit is not positive.
@@ -139,6 +158,16 @@ def require_positive(limit: int) -> None:
     """
     if limit < 1:
         raise BadSetting(f"a page's limit is at least 1, got {limit}")
+
+
+def require_user(owner: Owner) -> None:
+    """Only what is a user's own is ever erased.
+
+    Raises:
+        BadInput: it is everyone's.
+    """
+    if owner.kind != "user":
+        raise BadInput("everyone's versions are not erased: rounds refer to them; name a user")
 
 
 def no_version(owner: Owner, base: str, version: int | None) -> NotFound:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from threading import Lock
 
 from fedia3.coordinator.records import (
@@ -18,6 +19,7 @@ from fedia3.coordinator.store import (
     require_next_round,
     require_positive,
     require_same_bytes,
+    require_user,
 )
 
 
@@ -26,6 +28,7 @@ class _Line:
     """One owner's versions on one base, oldest first."""
 
     records: list[AdapterRecord] = field(default_factory=list)
+    next_version: int = 1
     by_key: dict[str, AdapterRecord] = field(default_factory=dict)
 
 
@@ -99,10 +102,34 @@ class MemoryStore:
                 return record
         raise no_digest(owner, base, digest)
 
-    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
+    def versions(
+        self, owner: Owner, base: str, before: int | None = None, limit: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
         """See :meth:`fedia3.coordinator.store.Store.versions`."""
         with self._lock:
-            return tuple(reversed(self._line(owner, base).records))
+            newest_first = reversed(self._line(owner, base).records)
+            below = (r for r in newest_first if before is None or r.version < before)
+            return tuple(islice(below, limit))
+
+    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
+        """See :meth:`fedia3.coordinator.store.Store.unshared`."""
+        mine, others = set[str](), set[str]()
+        with self._lock:
+            for (whose, on), line in self._lines.items():
+                meant = whose == owner and base in (None, on)
+                (mine if meant else others).update(record.digest for record in line.records)
+        return frozenset(mine - others)
+
+    def erase(self, owner: Owner, base: str | None = None) -> int:
+        """See :meth:`fedia3.coordinator.store.Store.erase`."""
+        require_user(owner)
+        erased = 0
+        with self._lock:
+            for (whose, on), line in self._lines.items():
+                if whose == owner and base in (None, on):
+                    erased += len(line.records)
+                    self._lines[whose, on] = _Line(next_version=line.next_version)
+        return erased
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
@@ -110,7 +137,8 @@ class MemoryStore:
         """See :meth:`fedia3.coordinator.store.Store.owners`."""
         require_positive(limit)
         with self._lock:
-            owners = {owner for owner, _base in self._lines if owner.kind == kind}
+            lines = self._lines.items()
+            owners = {o for (o, _base), line in lines if o.kind == kind and line.records}
         return tuple(sorted(o for o in owners if after is None or o.name > after)[:limit])
 
     def close(self) -> None:
@@ -123,7 +151,8 @@ class MemoryStore:
         line = self._line(draft.owner, draft.base)
         if draft.parent is not None and all(r.digest != draft.parent for r in line.records):
             raise no_digest(draft.owner, draft.base, draft.parent)
-        record = AdapterRecord(**vars(draft), version=len(line.records) + 1, created_at=at)
+        record = AdapterRecord(**vars(draft), version=line.next_version, created_at=at)
         line.records.append(record)
+        line.next_version += 1
         self._lines[draft.owner, draft.base] = line
         return record

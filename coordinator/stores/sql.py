@@ -27,7 +27,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, aliased, mapped_column
 
 from fedia3.coordinator.records import (
     AdapterDraft,
@@ -45,6 +45,7 @@ from fedia3.coordinator.store import (
     require_next_round,
     require_positive,
     require_same_bytes,
+    require_user,
 )
 from fedia3.coordinator.stores.engine import Database, Table
 
@@ -221,18 +222,46 @@ class SqlStore:
             raise no_digest(owner, base, digest)
         return _adapter_record(row)
 
-    def versions(self, owner: Owner, base: str) -> tuple[AdapterRecord, ...]:
+    def versions(
+        self, owner: Owner, base: str, before: int | None = None, limit: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
         """See :meth:`fedia3.coordinator.store.Store.versions`."""
+        query = _select_versions(owner, base).limit(limit)
+        if before is not None:
+            query = query.where(VersionRow.version < min(before, 2**31 - 1))
         with self._database.reading() as connection:
-            rows = connection.execute(_select_versions(owner, base)).all()
+            rows = connection.execute(query).all()
         return tuple(_adapter_record(row) for row in rows)
+
+    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
+        """See :meth:`fedia3.coordinator.store.Store.unshared`."""
+        mine = _line_ids(owner, base)
+        other = aliased(VersionRow)
+        shared = select(other.digest).where(
+            other.digest == VersionRow.digest, other.adapter_id.not_in(mine)
+        )
+        query = select(VersionRow.digest).where(VersionRow.adapter_id.in_(mine), ~shared.exists())
+        with self._database.reading() as connection:
+            return frozenset(connection.scalars(query))
+
+    def erase(self, owner: Owner, base: str | None = None) -> int:
+        """See :meth:`fedia3.coordinator.store.Store.erase`."""
+        require_user(owner)
+        query = delete(VersionRow).where(VersionRow.adapter_id.in_(_line_ids(owner, base)))
+        with self._database.writing() as connection:
+            return connection.execute(query).rowcount
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
     ) -> tuple[Owner, ...]:
         """See :meth:`fedia3.coordinator.store.Store.owners`."""
         require_positive(limit)
-        query = select(AdapterRow.owner_name).where(AdapterRow.owner_kind == kind).distinct()
+        has_versions = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id)
+        query = (
+            select(AdapterRow.owner_name)
+            .where(AdapterRow.owner_kind == kind, has_versions.exists())
+            .distinct()
+        )
         if after is not None:
             query = query.where(AdapterRow.owner_name > after)
         with self._database.reading() as connection:
@@ -312,6 +341,14 @@ def _latest_round(connection: Connection) -> RoundRecord | None:
         return None
     query = _SELECT_CONTRIBUTIONS.where(ContributionRow.round_num == row.round_num)
     return _round_records([row], connection.execute(query).all())[0]
+
+
+def _line_ids(owner: Owner, base: str | None) -> Select[int]:
+    """The owner's lines, on one base or on all."""
+    query = select(AdapterRow.id).where(
+        AdapterRow.owner_kind == owner.kind, AdapterRow.owner_name == owner.name
+    )
+    return query if base is None else query.where(AdapterRow.base == base)
 
 
 def _is_line(owner: Owner, base: str) -> tuple[Any, ...]:  # Any: SQLAlchemy's own conditions

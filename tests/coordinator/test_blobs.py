@@ -61,6 +61,31 @@ def test_a_put_blob_is_there(blobs: BlobStore) -> None:
     assert blobs.has(blobs.put(HELLO))
 
 
+def test_a_deleted_blob_is_gone(blobs: BlobStore) -> None:
+    """
+    Its neighbour stays, deleting again is no error, and the same bytes may be put again.
+    """
+    other = blobs.put(b"other")
+    blobs.put(HELLO)
+    blobs.delete(NAME)
+    blobs.delete(NAME)
+    assert list(blobs.digests()) == [other]
+    with pytest.raises(NotFound):
+        blobs.get(NAME)
+    blobs.put(HELLO)
+    assert blobs.get(NAME) == HELLO
+
+
+def test_deleting_follows_no_name_out_of_the_store(tmp_path: Path) -> None:
+    """
+    Only a digest can be deleted.
+    """
+    (tmp_path / "diary").write_text("mine")
+    with pytest.raises(BadInput):
+        FileBlobs(tmp_path / "blobs").delete("../diary")
+    assert (tmp_path / "diary").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", NAME.upper(), NAME + "0"])
 def test_a_name_that_is_no_digest_is_refused(tmp_path: Path, name: str) -> None:
     """

@@ -57,6 +57,45 @@ def test_a_published_adapter_is_fetched_as_the_same_bytes(registry: Registry) ->
     assert encoding.decode(data, SCHEMA) == adapter(1, 2)
 
 
+def test_erasing_a_user_deletes_their_bytes(registry: Registry) -> None:
+    """
+    Anna's own bytes are gone; those that bob has as well stay his, and she may publish again.
+    """
+    registry.publish_global(adapter(1, 2))
+    mine = registry.publish_personal("anna", personal(1, 1, on=adapter(1, 2)), num_examples=1)
+    same = personal(0, 0, on=adapter(1, 2))
+    both = registry.publish_personal("anna", same, num_examples=1)
+    registry.publish_personal("bob", same, num_examples=1)
+    assert registry.erase_user("anna") == 2
+    assert not registry.blobs.has(mine.digest)
+    assert registry.blobs.has(both.digest)
+    assert registry.resolve("anna", SCHEMA).personal is None
+    assert registry.resolve("bob", SCHEMA).personal is not None
+    assert registry.publish_personal("anna", same, num_examples=1).version == 3
+
+
+def test_an_erasure_that_was_cut_short_is_finished_by_asking_again(registry: Registry) -> None:
+    """
+    With the bytes gone and the version still there, erasing again ends without any of it.
+    """
+    registry.publish_global(adapter(1, 2))
+    mine = registry.publish_personal("anna", personal(1, 1, on=adapter(1, 2)), num_examples=1)
+    registry.blobs.delete(mine.digest)
+    assert registry.erase_user("anna") == 1
+    assert registry.versions(Owner.user("anna"), BASE) == ()
+
+
+def test_an_erased_users_row_leaves_no_trace_in_the_file(tmp_path: Path) -> None:
+    """
+    The database's file does not hold the deleted version's digest any more.
+    """
+    with Registry.open(tmp_path) as registry:
+        registry.publish_global(adapter(1, 2))
+        mine = registry.publish_personal("anna", personal(1, 1, on=adapter(1, 2)), num_examples=1)
+        registry.erase_user("anna")
+    assert mine.digest.encode() not in (tmp_path / "registry.db").read_bytes()
+
+
 def test_an_older_version_is_fetched_by_its_number(registry: Registry) -> None:
     """
     Version 1 is served after version 2 was published.

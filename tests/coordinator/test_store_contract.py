@@ -19,7 +19,7 @@ from fedia3.coordinator.records import (
 from fedia3.coordinator.store import Store
 from fedia3.coordinator.stores.memory import MemoryStore
 from fedia3.coordinator.stores.sql import SqlStore
-from fedia3.errors import BadSetting, Conflict, NotFound, WrongBaseModel
+from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, WrongBaseModel
 
 NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
 BASE, OTHER_BASE = "b" * 64, "c" * 64
@@ -150,6 +150,18 @@ def test_versions_are_listed_newest_first(store: Store) -> None:
     assert [record.version for record in store.versions(ANNA, BASE)] == [3, 2, 1]
 
 
+def test_versions_are_listed_in_pages(store: Store) -> None:
+    """
+    Of versions 1 to 4, two below 4 are 3 and 2; below 1 there are none.
+    """
+    for number in range(1, 5):
+        store.publish(draft(ANNA, number), NOON)
+    assert [r.version for r in store.versions(ANNA, BASE, before=4, limit=2)] == [3, 2]
+    assert [r.version for r in store.versions(ANNA, BASE, limit=3)] == [4, 3, 2]
+    assert len(store.versions(ANNA, BASE, before=2**63)) == 4
+    assert store.versions(ANNA, BASE, before=1) == ()
+
+
 def test_a_digest_finds_the_newest_version_with_these_bytes(store: Store) -> None:
     """
     Bytes published as version 1 and again as version 3 are found as version 3.
@@ -251,6 +263,73 @@ def test_a_page_without_room_is_refused(store: Store) -> None:
     """
     with pytest.raises(BadSetting):
         store.owners("user", limit=0)
+
+
+def test_an_erased_users_numbers_are_not_given_again(store: Store) -> None:
+    """
+    After two erased versions the next one is version 3, also under a key that was used before.
+    """
+    store.publish(draft(ANNA, 1), NOON, idem_key="one")
+    store.publish(draft(ANNA, 2), NOON)
+    assert store.erase(ANNA) == 2
+    assert store.versions(ANNA, BASE) == ()
+    assert store.publish(draft(ANNA, 3), NOON, idem_key="one").version == 3
+
+
+def test_erasing_leaves_others_and_other_bases(store: Store) -> None:
+    """
+    Anna's versions on one base go; hers on the other, bob's and everyone's stay.
+    """
+    for owner, base in ((ANNA, BASE), (ANNA, OTHER_BASE), (BOB, BASE), (EVERYONE, BASE)):
+        store.publish(draft(owner, 1, base=base), NOON)
+    assert store.erase(ANNA, BASE) == 1
+    assert store.versions(ANNA, BASE) == ()
+    for owner, base in ((ANNA, OTHER_BASE), (BOB, BASE), (EVERYONE, BASE)):
+        assert len(store.versions(owner, base)) == 1
+    assert store.erase(ANNA) == 1
+
+
+def test_erasing_nothing_is_no_error(store: Store) -> None:
+    """
+    A user without versions, or one who was erased before, has none to erase.
+    """
+    assert store.erase(ANNA) == 0
+    store.publish(draft(ANNA), NOON)
+    store.erase(ANNA)
+    assert store.erase(ANNA) == 0
+
+
+def test_an_erased_user_owns_nothing(store: Store) -> None:
+    """
+    Whoever has no version is not listed.
+    """
+    store.publish(draft(ANNA), NOON)
+    store.publish(draft(BOB), NOON)
+    store.erase(ANNA)
+    assert store.owners("user") == (BOB,)
+
+
+def test_everyones_versions_are_not_erased(store: Store) -> None:
+    """
+    Rounds refer to them.
+    """
+    store.commit_round(commit(0), NOON)
+    with pytest.raises(BadInput, match="name a user"):
+        store.erase(EVERYONE)
+    assert len(store.versions(EVERYONE, BASE)) == 1
+
+
+def test_bytes_that_somebody_else_has_are_shared(store: Store) -> None:
+    """
+    Of anna's bytes 1, 2 and 3, bob has 2, and she has 3 on another base too.
+    """
+    for number in (1, 2, 3, 1):
+        store.publish(draft(ANNA, number), NOON)
+    store.publish(draft(BOB, 2), NOON)
+    store.publish(draft(ANNA, 3, base=OTHER_BASE), NOON)
+    assert store.unshared(ANNA, BASE) == {digest(1)}
+    assert store.unshared(ANNA) == {digest(1), digest(3)}
+    assert store.unshared(Owner.user("zoe")) == frozenset()
 
 
 def test_a_new_store_has_no_round(store: Store) -> None:
