@@ -1,0 +1,179 @@
+"""The device's way out to the Flower fleet: one relay, which looks at everything that passes.
+
+``flower-supernode`` speaks to it on localhost; it speaks to the coordinator, whose authority was
+pinned at enrolment. It counts bytes, refuses every app but the thin one, answers polls itself while
+the coordinator need not be asked, and knows when the coordinator last answered.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from flwr.proto.fab_pb2 import GetFabResponse
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.run_pb2 import GetRunResponse
+
+from fedia3.client.device import write_private
+from fedia3.client.thin_fab import VERSION, app_id, require_thin
+from fedia3.errors import BadInput
+from fedia3.proto.fleet import Answer, Call, Relay, RelayServer, Upstream, refusal
+
+HTTP_BYTES = 250  # request line, status line and what the HTTP library adds, both ways
+NOBODY_THERE = {502, 503, 504}
+SHUT_OUT = {401, 403}
+PLAIN = re.compile(r"[\x20-\x7e]{1,200}")
+
+
+class Gatekeeper:
+    """Judges the calls of this device's node, and remembers how the coordinator answered.
+
+    Args:
+        count: told the bytes of each call, both ways.
+        check_every_s: after an empty poll, how long the next ones are answered here; 0: never.
+        withheld: why the network may not be used now; None: it may.
+        clock: seconds, steady.
+        now_ms: ms since 1970.
+    """
+
+    def __init__(
+        self,
+        count: Callable[[int], None],
+        *,
+        check_every_s: float = 0.0,
+        withheld: Callable[[], str | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+    ) -> None:
+        self._count, self._withheld = count, withheld
+        self._check_every_s, self._clock, self._now_ms = check_every_s, clock, now_ms
+        self._app = app_id()
+        self._ask_again = clock()
+        self.silent_since_ms: int | None = None
+        self.shut_out: str | None = None
+        self.heard_ms: int | None = None  # the last answer
+
+    async def before(self, call: Call) -> Answer | None:
+        """An empty poll's answer where the coordinator need not be asked; else pass it on."""
+        if (reason := self._withheld()) is not None:
+            return refusal(503, reason)
+        if call.operation.name == "pull-messages" and self._clock() < self._ask_again:
+            return Answer(body=PullMessagesResponse().SerializeToString())
+        return None
+
+    async def after(self, call: Call, answer: Answer) -> Answer:
+        """The coordinator's answer, if this device can take it.
+
+        Raises:
+            BadInput: it would have the device run something else than fedia3.
+        """
+        headers = sum(len(name) + len(value) + 4 for name, value in call.headers.items())
+        self._count(HTTP_BYTES + headers + len(call.body) + len(answer.body))
+        self._note(answer)
+        if answer.status != 200:
+            return answer
+        match call.operation.name:
+            case "pull-messages":
+                self._rest_after(answer.message(call.operation))
+            case "get-run":
+                self._require_our_run(answer.message(call.operation))
+            case "get-fab":
+                _require_our_app(answer.message(call.operation))
+        return answer
+
+    def _note(self, answer: Answer) -> None:
+        if answer.status in NOBODY_THERE:
+            self.silent_since_ms = self.silent_since_ms or self._now_ms()
+            return
+        self.silent_since_ms, self.heard_ms = None, self._now_ms()
+        self.shut_out = _reason(answer) if answer.status in SHUT_OUT else None
+
+    def _rest_after(self, pulled: object) -> None:
+        assert isinstance(pulled, PullMessagesResponse)
+        if not pulled.messages_list:
+            self._ask_again = self._clock() + self._check_every_s
+
+    def _require_our_run(self, told: object) -> None:
+        assert isinstance(told, GetRunResponse)
+        run = told.run
+        # both become a part of a path in Flower's home
+        if run.fab_id != self._app or not VERSION.fullmatch(run.fab_version):
+            raise BadInput(f"this device takes part in runs of {self._app} alone")
+
+
+def _require_our_app(told: object) -> None:
+    assert isinstance(told, GetFabResponse)
+    require_thin(told.fab.content, told.fab.hash_str)
+
+
+def _reason(answer: Answer) -> str:
+    """What the coordinator says, fit for a terminal."""
+    said = answer.body.decode("ascii", "replace") if answer.media_type.startswith("text") else ""
+    return said if PLAIN.fullmatch(said) else f"status {answer.status}"
+
+
+class Gateway:
+    """The relay of a state folder, serving on a free port of localhost.
+
+    Args:
+        folder: for its certificate, made anew, and the key.
+        fleet_address: ``host:port`` of the coordinator's fleet.
+        ca: PEM of who signs the coordinator's certificates.
+    """
+
+    def __init__(self, folder: Path, fleet_address: str, ca: bytes, keeper: Gatekeeper) -> None:
+        self.keeper = keeper
+        self.certificate, key = folder / "gateway.pem", folder / "gateway.key"
+        _make_certificate(self.certificate, key)
+        self._upstream = Upstream(fleet_address, ca.decode(), max_connections=8)
+        self._server = RelayServer(
+            Relay(self._upstream, keeper),
+            host="127.0.0.1",
+            port=0,
+            certificate=self.certificate,
+            private_key=key,
+        )
+
+    @property
+    def address(self) -> str:
+        """What ``flower-supernode --superlink`` is given."""
+        return f"localhost:{self._server.port}"
+
+    async def start(self) -> None:
+        """Serve from now on."""
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Serve no more."""
+        await self._server.stop()
+        await self._upstream.close()
+
+
+def _make_certificate(certificate: Path, key_file: Path) -> None:
+    """A certificate of localhost that signs itself; no wrong clock makes it invalid."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedia3 gateway of this device")])
+    names = [x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))]
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(datetime(2000, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2100, 1, 1, tzinfo=UTC))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    write_private(key_file, pem)
+    write_private(certificate, made.public_bytes(Encoding.PEM))
