@@ -5,6 +5,7 @@ again, and adapters of the older base keep working.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ def default_home() -> Path:
 class BaseStore:
     """Finds base models by name, digest or path, and imports new ones.
 
-    Only :meth:`import_base` writes; everything else works on a home that is missing or read-only.
+    Only :meth:`import_base` and :meth:`adopt` write; everything else works on a home that is
+    missing or read-only.
     """
 
     def __init__(self, home: Path | None = None, shipped: Path = SHIPPED) -> None:
@@ -98,14 +100,36 @@ class BaseStore:
         check_name(name)
         from fedia3.adapters.base_model import quantize  # noqa: PLC0415 - torch only to import
 
-        with tempfile.TemporaryDirectory(prefix=".import-", dir=self._writable()) as work:
+        with tempfile.TemporaryDirectory(prefix=".import-", dir=self.writable_folder()) as work:
             made = Path(work) / "base"
             manifest = quantize(
                 source, made, name=name, targets=targets, feedforward=feedforward, revision=revision
             )
             return _entry(self._place(made, manifest), shipped=False)
 
-    def _writable(self) -> Path:
+    def adopt(self, made: Path) -> BaseEntry:
+        """Move a finished folder, made in :meth:`writable_folder`, to its place in the home.
+
+        It appears there at once or not at all, in place of a damaged copy if there was one.
+
+        Raises:
+            BadInput: its manifest is malformed.
+        """
+        manifest = read_manifest(made)
+        place = self._bases / manifest.digest
+        replaced = made.with_name(f".replaced-{manifest.digest}")
+        if place.exists():
+            place.rename(replaced)
+        made.rename(place)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return _entry(place, shipped=False)
+
+    def writable_folder(self) -> Path:
+        """Where imports lie; a folder in it whose name begins with a dot is none yet.
+
+        Raises:
+            BadInput: it cannot be made or written to.
+        """
         try:
             self._bases.mkdir(parents=True, exist_ok=True)
         except OSError as error:
