@@ -128,13 +128,8 @@ class CoordinatorConfig:
 
     @property
     def registry(self) -> Path:
-        """The folder of the registry: ``registry.db``, with the directory in it, and ``blobs/``."""
+        """Adapters, rounds and devices: ``registry.db`` beside ``blobs/``."""
         return self.folder / "registry"
-
-    @property
-    def database(self) -> Path:
-        """Adapters, rounds, devices, tokens."""
-        return self.registry / "registry.db"
 
     @property
     def ca(self) -> Path:

@@ -6,33 +6,52 @@ end. Flower's ``Strategy.start`` is not used: it cannot resume, holds all replie
 of one malformed reply.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from itertools import zip_longest
 
+import httpx
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
 from fedia3.adapters.update import TrainingPlan, TrainRequest
+from fedia3.coordinator.directory import Device
 from fedia3.coordinator.gate import Reply
 from fedia3.coordinator.rounds import Fleet
 from fedia3.errors import BadSetting
 
 POLL_S = 0.25
+WORKS_AGAIN_S = 1.0  # between tries of a SuperLink that is being started again
 CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}", re.ASCII)
+
+Nodes = Iterable[NodeInfo]
+
+logger = logging.getLogger(__name__)
 
 
 class FlowerFleet:
-    """The devices behind a Flower ``Grid``; a node's registered name is its client's id."""
+    """The devices behind a Flower ``Grid``; a node's registered name is its client's id.
 
-    def __init__(self, grid: Grid, poll_s: float = POLL_S) -> None:
+    ``admitted`` says which of the nodes online take part, by client. A SuperLink that is away for
+    a while costs time, not the round: the requests and replies lie in its database.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        poll_s: float = POLL_S,
+        admitted: Callable[[Nodes], Mapping[str, int]] | None = None,
+    ) -> None:
         self._grid = grid
         self._poll_s = poll_s
-        self._nodes: dict[str, int] = {}
+        self._admitted = admitted or nodes_by_client
+        self._nodes: Mapping[str, int] = {}
 
     def population(self) -> Sequence[str]:
         """The clients online now.
@@ -40,7 +59,7 @@ class FlowerFleet:
         Raises:
             BadSetting: two nodes are registered under one name.
         """
-        self._nodes = nodes_by_client(self._grid.get_nodes())
+        self._nodes = self._admitted(self._grid.get_nodes())
         return tuple(self._nodes)
 
     def ask(self, requests: Sequence[TrainRequest], deadline_s: float | None) -> Iterator[Reply]:
@@ -73,7 +92,7 @@ class FlowerFleet:
         # answered ids are asked for no more: Flower would answer them with an error
         waiting = dict(asked)
         while waiting and (left := ends - time.monotonic()) > 0:
-            messages = list(self._grid.pull_messages(list(waiting)))
+            messages = self._pulled(list(waiting))
             for message in messages:
                 # not by the sender: Flower answers for a lost node as node 1
                 request_id = message.metadata.reply_to_message_id
@@ -82,6 +101,14 @@ class FlowerFleet:
                     yield reply_of(message, asked[request_id])
             if not messages:
                 time.sleep(min(self._poll_s, left))
+
+    def _pulled(self, message_ids: Sequence[str]) -> Sequence[Message]:
+        try:
+            return list(self._grid.pull_messages(message_ids))
+        except httpx.HTTPError as error:
+            logger.warning("a poll was lost (%s); asking again", type(error).__name__)
+            time.sleep(WORKS_AGAIN_S)
+            return []
 
 
 def server_app(campaign: Callable[[Fleet], object]) -> ServerApp:
@@ -93,6 +120,48 @@ def server_app(campaign: Callable[[Fleet], object]) -> ServerApp:
         campaign(FlowerFleet(grid))
 
     return app
+
+
+deployed = ServerApp()
+"""The ServerApp of a deployment, which the thin app names; its settings are the coordinator's."""
+
+
+@deployed.main()
+def _deployed(grid: Grid, context: Context) -> None:
+    # a simulation needs none of these
+    from fedia3.coordinator import campaign  # noqa: PLC0415  # as above
+    from fedia3.coordinator.config import config_path, read_config  # noqa: PLC0415  # as above
+    from fedia3.coordinator.directory import open_directory  # noqa: PLC0415  # as above
+    from fedia3.coordinator.registry import Registry  # noqa: PLC0415  # as above
+
+    config = read_config(config_path())
+    campaign.note_process(config, context.run_id)
+    log = campaign.rounds_log(config)
+    with (
+        Registry.open(config.registry) as registry,
+        closing(open_directory(config.registry)) as directory,
+    ):
+        fleet = FlowerFleet(grid, admitted=lambda nodes: enrolled(nodes, directory.enrolled()))
+        try:
+            campaign.Campaign(
+                registry,
+                directory,
+                fleet,
+                config.plan,
+                config.rounds,
+                campaign.starting_adapter(config),
+                log,
+                now_ms=lambda: time.time_ns() // 10**6,
+            ).run(int(context.run_config["rounds"]))
+        except Exception as error:
+            log.error("the run ends: %s: %s", type(error).__name__, error)
+            raise
+
+
+def enrolled(nodes: Nodes, devices: Sequence[Device]) -> dict[str, int]:
+    """Node ids by device: of those nodes that are an enrolled device with the same key."""
+    keys = {device.device_id: device.node_key for device in devices}
+    return {node.name: node.node_id for node in nodes if keys.get(node.name) == node.public_key}
 
 
 def nodes_by_client(nodes: Iterable[NodeInfo]) -> dict[str, int]:

@@ -1,0 +1,173 @@
+"""The fleet's public door: who may call the SuperLink, what with, and when a call reaches it.
+
+Behind the door the SuperLink checks that a call's signature belongs to the key it shows, and that
+the node it speaks for belongs to that key. What it does not check is checked here: that the key is
+an enrolled device's, that a reply is the sender's own, that no other app is fetched. Polls of a
+device that no open round asks are answered here, so that an idle device costs the SuperLink
+nothing but its heartbeats.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedia3.coordinator.directory import Directory, RoundControl
+from fedia3.errors import Fedia3Error
+from fedia3.proto.fleet import Answer, Call, refusal
+
+DEVICES_EVERY_S = 0.9  # a revoked device is out within a second
+ROUND_EVERY_S = 0.4
+SAW_EVERY_S = 30.0
+SMALL_CALL = 256 << 10  # bytes; only objects are larger
+CALLS_A_S, CALLS_AT_ONCE = 50.0, 200.0  # of one key
+KEYS_COUNTED = 10_000
+
+Now = Callable[[], float]  # s, monotonic
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one key may call."""
+
+    calls_a_s: float = CALLS_A_S
+    at_once: float = CALLS_AT_ONCE
+
+
+class Doorkeeper:
+    """A judge of fleet calls; ``app_digest`` is the only app that devices may fetch."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        app_digest: str,
+        *,
+        limits: Limits = Limits(),
+        now: Now = time.monotonic,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+    ) -> None:
+        self._directory = directory
+        self._app_digest = app_digest
+        self._now_ms = now_ms
+        self._devices = _Remembered(self._read_devices, DEVICES_EVERY_S, now)
+        self._control = _Remembered(directory.round_control, ROUND_EVERY_S, now)
+        self._allowance = _Allowance(limits, now)
+        self._seen: set[str] = set()
+
+    async def before(self, call: Call) -> Answer | None:
+        """Refuse, answer an idle poll, or pass the call on."""
+        try:
+            devices: Mapping[bytes, str] = await self._devices.value()
+            device_id = devices.get(call.key)
+            if device_id is None:
+                return refusal(401, "this key belongs to no enrolled device; enrol it")
+            if not self._allowance.takes(call.key):
+                return refusal(429, "too many calls; come again later")
+            return _fault(call, self._app_digest) or await self._idle(call, device_id)
+        except Fedia3Error as error:
+            logger.warning("the directory cannot be read: %s", error)
+            return refusal(503, "the coordinator's directory cannot be read; come again")
+
+    async def after(self, call: Call, answer: Answer) -> Answer:
+        """Let the answer through, unless it brings another app; note who was heard of."""
+        if call.operation.name == "get-fab" and answer.status == 200:
+            fetched: Any = answer.message(call.operation)
+            if fetched.fab.hash_str != self._app_digest:
+                return refusal(403, "the coordinator hands out another app")
+        if call.operation.name == "send-node-heartbeat" and answer.status == 200:
+            devices: Mapping[bytes, str] = await self._devices.value()
+            self._seen.update(filter(None, [devices.get(call.key)]))
+        return answer
+
+    async def note_seen(self) -> None:
+        """Tell the directory, now and then, whose heartbeats came; ends when cancelled."""
+        while True:
+            await asyncio.sleep(SAW_EVERY_S)
+            seen, self._seen = self._seen, set()
+            try:
+                if seen:
+                    await asyncio.to_thread(self._directory.saw, sorted(seen), self._now_ms())
+            except Fedia3Error as error:
+                logger.warning("cannot note who was seen: %s", error)
+
+    def _read_devices(self) -> Mapping[bytes, str]:
+        return {device.node_key: device.device_id for device in self._directory.enrolled()}
+
+    async def _idle(self, call: Call, device_id: str) -> Answer | None:
+        if call.operation.name != "pull-messages":
+            return None
+        control: RoundControl = await self._control.value()
+        opened = control.open_round
+        if opened and device_id in opened.cohort and self._now_ms() < opened.until_ms:
+            return None
+        return Answer(body=call.operation.response().SerializeToString())
+
+
+def _fault(call: Call, app_digest: str) -> Answer | None:
+    """What is wrong with an enrolled device's call, None if nothing is.
+
+    Raises:
+        BadInput: its body is no such message.
+    """
+    name, message = call.operation.name, call.message
+    request: Any = message  # generated classes; the operation says which
+    if name != "push-object" and len(call.body) > SMALL_CALL:
+        return refusal(413, f"a {name} has at most {SMALL_CALL} bytes")
+    if name == "activate-node" and request.public_key != call.key:
+        return refusal(403, "a device activates its own key")
+    if name == "push-messages" and not _is_own_reply(request):
+        return refusal(403, "a device sends its own replies, one at a time")
+    if name == "get-fab" and request.hash_str != app_digest:
+        return refusal(403, "there is one app here, and this is another")
+    return None
+
+
+def _is_own_reply(request: Any) -> bool:
+    """The SuperLink checks that ``node`` is the caller's, but not who the message says it is."""
+    senders = [message.metadata.src_node_id for message in request.messages_list]
+    return senders == [request.node.node_id]
+
+
+class _Remembered:
+    """A value that is read again when it is ``every_s`` old, once for all who wait for it."""
+
+    def __init__(self, read: Callable[[], Any], every_s: float, now: Now) -> None:
+        self._read = read
+        self._every_s = every_s
+        self._now = now
+        self._lock = asyncio.Lock()
+        self._value: Any = None
+        self._read_at = float("-inf")
+
+    async def value(self) -> Any:
+        if self._now() - self._read_at < self._every_s:
+            return self._value
+        async with self._lock:
+            if self._now() - self._read_at >= self._every_s:
+                began = self._now()  # what is written while it is read is not in it
+                self._value = await asyncio.to_thread(self._read)
+                self._read_at = began
+            return self._value
+
+
+class _Allowance:
+    """A token bucket for each key; the longest unused ones are forgotten."""
+
+    def __init__(self, limits: Limits, now: Now) -> None:
+        self._limits = limits
+        self._now = now
+        self._left: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # key: left, when
+
+    def takes(self, key: bytes) -> bool:
+        now = self._now()
+        left, at = self._left.pop(key, (self._limits.at_once, now))
+        left = min(self._limits.at_once, left + (now - at) * self._limits.calls_a_s)
+        self._left[key] = (max(left - 1, 0.0) if left >= 1 else left, now)
+        if len(self._left) > KEYS_COUNTED:
+            self._left.popitem(last=False)
+        return left >= 1

@@ -1,0 +1,284 @@
+"""The fleet's door: every call that it refuses, answers itself or lets through."""
+
+import asyncio
+from base64 import b64encode
+from dataclasses import dataclass, field
+
+import pytest
+from flwr.proto.fab_pb2 import Fab, GetFabRequest, GetFabResponse
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import Message, Metadata, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+
+from fedia3.coordinator.directory import Device, Invite, OpenRound, RoundControl, Token
+from fedia3.coordinator.fleet_proxy import Doorkeeper, Limits
+from fedia3.coordinator.stores.memory_directory import MemoryDirectory
+from fedia3.errors import Conflict
+from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call
+
+ANN, BOB = b"ann's key", b"bob's key"
+IDS = {ANN: "a" * 32, BOB: "b" * 32}
+NODE = Node(node_id=7)
+APP = "the thin app's digest"
+LATER_MS = 10**15
+
+
+def device(key: bytes) -> Device:
+    """An enrolled device with this node key."""
+    return Device(IDS[key], "ann", "laptop", key.ljust(32, b"."), key, enrolled_ms=0)
+
+
+def directory() -> MemoryDirectory:
+    """Ann's and Bob's devices are enrolled."""
+    made = MemoryDirectory()
+    for key in (ANN, BOB):
+        invite = Invite(key, "ann", LATER_MS, b"")
+        made.add_invite(invite)
+        made.enrol(invite, device(key), Token(key, "device", IDS[key], LATER_MS), now_ms=0)
+    return made
+
+
+@dataclass
+class Clock:
+    """Stands still until it is moved."""
+
+    s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+@dataclass
+class Door:
+    """A doorkeeper and the clock it looks at."""
+
+    directory: MemoryDirectory = field(default_factory=directory)
+    limits: Limits = field(default_factory=Limits)
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.keeper = Doorkeeper(
+            self.directory,
+            APP,
+            limits=self.limits,
+            now=self.clock,
+            now_ms=lambda: round(self.clock.s * 1000),
+        )
+
+    def asks(self, *calls: Call) -> list[Answer | None]:
+        """What becomes of the calls, one after the other; None is let through."""
+
+        async def ask() -> list[Answer | None]:
+            return [await self.keeper.before(call) for call in calls]
+
+        return asyncio.run(ask())
+
+    def status(self, call: Call) -> int | None:
+        """The status of the door's own answer, None where the call is let through."""
+        (answer,) = self.asks(call)
+        return answer.status if answer else None
+
+
+def call(name: str, request: object, key: bytes = ANN) -> Call:
+    """A call as a node with this key makes it."""
+    body = request.SerializeToString()  # type: ignore[attr-defined]  # a protobuf message
+    return Call(OPERATIONS[PREFIX + name], {"flwr-public-key": b64encode(key).decode()}, body)
+
+
+def poll(key: bytes = ANN) -> Call:
+    """Asks for messages."""
+    return call("pull-messages", PullMessagesRequest(node=NODE), key)
+
+
+def heartbeat(key: bytes = ANN) -> Call:
+    """Says that the node is there."""
+    return call("send-node-heartbeat", SendNodeHeartbeatRequest(node=NODE), key)
+
+
+def reply(*senders: int) -> Call:
+    """A reply of these senders, pushed by node 7."""
+    messages = [Message(metadata=Metadata(src_node_id=sender)) for sender in senders]
+    return call("push-messages", PushMessagesRequest(node=NODE, messages_list=messages))
+
+
+def opened(*keys: bytes, until_ms: int = LATER_MS) -> OpenRound:
+    """A round that asks the devices with these keys."""
+    return OpenRound(1, tuple(IDS[key] for key in keys), until_ms)
+
+
+def test_an_enrolled_device_is_let_through() -> None:
+    """
+    Its heartbeat reaches the SuperLink.
+    """
+    assert Door().status(heartbeat()) is None
+
+
+@pytest.mark.parametrize("name", sorted(o.name for o in OPERATIONS.values()))
+def test_a_key_that_is_not_enrolled_is_refused(name: str) -> None:
+    """
+    401, whatever it asks for.
+    """
+    operation = OPERATIONS[PREFIX + name]
+    assert Door().status(call(name, operation.request(), b"nobody's key")) == 401
+
+
+def test_a_call_without_a_key_is_refused() -> None:
+    """
+    401: it comes from nobody.
+    """
+    bare = Call(OPERATIONS[PREFIX + "pull-messages"], {}, b"")
+    assert Door().status(bare) == 401
+
+
+def test_a_revoked_device_is_out_within_a_second() -> None:
+    """
+    What was remembered of it is older than that by then.
+    """
+    door = Door()
+    assert door.status(heartbeat()) is None
+    door.directory.revoke(IDS[ANN], now_ms=1)
+    door.clock.s += 1.0
+    assert door.status(heartbeat()) == 401
+    assert door.status(heartbeat(BOB)) is None
+
+
+def test_a_reply_in_another_devices_name_is_refused() -> None:
+    """
+    Node 7 may send node 7's replies; the SuperLink would believe any sender.
+    """
+    assert Door().status(reply(7)) is None
+    assert Door().status(reply(8)) == 403
+    assert Door().status(reply(7, 8)) == 403
+    assert Door().status(reply()) == 403
+
+
+def test_a_device_activates_its_own_key_only() -> None:
+    """
+    Another device's key in the request is a forgery.
+    """
+    assert Door().status(call("activate-node", ActivateNodeRequest(public_key=ANN))) is None
+    assert Door().status(call("activate-node", ActivateNodeRequest(public_key=BOB))) == 403
+
+
+def test_only_the_thin_app_is_fetched() -> None:
+    """
+    Another app's hash is refused before it reaches the SuperLink.
+    """
+    assert Door().status(call("get-fab", GetFabRequest(node=NODE, hash_str=APP))) is None
+    assert Door().status(call("get-fab", GetFabRequest(node=NODE, hash_str="evil"))) == 403
+
+
+def test_another_app_in_the_answer_is_held_back() -> None:
+    """
+    Also where the SuperLink itself would hand it out.
+    """
+    asked = call("get-fab", GetFabRequest(node=NODE, hash_str=APP))
+    answer = Answer(body=GetFabResponse(fab=Fab(hash_str="evil")).SerializeToString())
+    assert asyncio.run(Door().keeper.after(asked, answer)).status == 403
+
+
+def test_only_objects_may_be_large() -> None:
+    """
+    Everything else is small, so a large one is an attack.
+    """
+    large = b"x" * (300 << 10)
+    pushed = call("push-object", PushObjectRequest(node=NODE, object_content=large))
+    polled = PullMessagesRequest(node=NODE, message_ids=[large.decode()])
+    assert Door().status(pushed) is None
+    assert Door().status(call("pull-messages", polled)) == 413
+
+
+def test_an_idle_poll_is_answered_at_the_door() -> None:
+    """
+    No round is open: nothing to do, and the SuperLink never hears of the poll.
+    """
+    (answer,) = Door().asks(poll())
+    assert answer == Answer(body=PullMessagesResponse().SerializeToString())
+
+
+def test_polls_of_the_open_rounds_cohort_are_let_through() -> None:
+    """
+    Ann is asked in this round and Bob is not.
+    """
+    door = Door()
+    door.directory.open_round(opened(ANN))
+    assert door.status(poll(ANN)) is None
+    assert door.status(poll(BOB)) == 200
+
+
+def test_a_new_round_is_seen_within_half_a_second() -> None:
+    """
+    What was remembered of the rounds is older than that by then.
+    """
+    door = Door()
+    assert door.status(poll()) == 200
+    door.directory.open_round(opened(ANN))
+    door.clock.s += 0.5
+    assert door.status(poll()) is None
+
+
+def test_an_open_round_means_nothing_behind_its_deadline() -> None:
+    """
+    A ServerApp that was killed leaves its round open.
+    """
+    door = Door(clock=Clock(10.0))
+    door.directory.open_round(opened(ANN, until_ms=10_000))
+    assert door.status(poll()) == 200
+
+
+def test_one_keys_flood_is_refused_and_costs_nobody_else() -> None:
+    """
+    Two calls at once, then one a second.
+    """
+    door = Door(limits=Limits(calls_a_s=1, at_once=2))
+    calls = [heartbeat(), heartbeat(), heartbeat(), heartbeat(BOB)]
+    assert [a.status if a else None for a in door.asks(*calls)] == [None, None, 429, None]
+    door.clock.s += 1.0
+    assert door.status(heartbeat()) is None
+
+
+class BusyDirectory(MemoryDirectory):
+    """Its database is locked."""
+
+    def enrolled(self) -> tuple[Device, ...]:
+        raise Conflict("another process kept the write lock")
+
+
+def test_a_directory_that_cannot_be_read_refuses_for_a_while() -> None:
+    """
+    503, which a node repeats; after 401 to a heartbeat it would end itself.
+    """
+    assert Door(directory=BusyDirectory()).status(heartbeat()) == 503
+
+
+class CountingDirectory(MemoryDirectory):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def round_control(self) -> RoundControl:
+        self.reads += 1
+        return super().round_control()
+
+
+def test_a_hundred_polls_at_once_read_the_directory_once() -> None:
+    """
+    The door does not hand its load on to the database.
+    """
+    counting = CountingDirectory()
+    invite = Invite(ANN, "ann", LATER_MS, b"")
+    counting.add_invite(invite)
+    counting.enrol(invite, device(ANN), Token(ANN, "device", IDS[ANN], LATER_MS), now_ms=0)
+    keeper = Door(directory=counting).keeper
+
+    async def ask() -> None:
+        await asyncio.gather(*(keeper.before(poll()) for _ in range(100)))
+
+    asyncio.run(ask())
+    assert counting.reads == 1
