@@ -7,6 +7,9 @@
     print(run.generate("alice", "hi"))
     run.save("alice", Path("alice"))  # a Hugging Face PEFT folder
 
+    with fedia3.Coordinator.from_state() as home:  # on an enrolled device
+        home.save(Path("mine"))
+
 Names are imported when they are used: ``import fedia3`` costs nothing.
 """
 
@@ -16,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedia3.adapters.update import TrainingPlan
+    from fedia3.client.coordinator import Coordinator
     from fedia3.client.splits import SplitPlan
     from fedia3.simulations.run import Run
     from fedia3.simulations.settings import Settings
     from fedia3.simulations.simulation import Watcher
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Settings", "SplitPlan", "TrainingPlan", "__version__", "simulate"]
+__all__ = ["Coordinator", "Run", "Settings", "SplitPlan", "TrainingPlan", "__version__", "simulate"]
 
 _HOMES = {
+    "Coordinator": "fedia3.client.coordinator",
     "Run": "fedia3.simulations.run",
     "Settings": "fedia3.simulations.settings",
     "SplitPlan": "fedia3.client.splits",

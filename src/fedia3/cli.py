@@ -21,11 +21,13 @@ from rich.markup import escape
 from fedia3 import __version__
 from fedia3.cli_client import client_app
 from fedia3.cli_coordinator import coordinator_app
-from fedia3.console import Json, err, out
-from fedia3.errors import BadSetting, Fedia3Error
+from fedia3.console import Json, err, out, print_json
+from fedia3.errors import BadSetting, Fedia3Error, NotFound
 from fedia3.progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from fedia3.client.coordinator import Coordinator, Served
+    from fedia3.client.records import AdapterVersion
     from fedia3.simulations.report import Report
     from fedia3.simulations.settings import RunFolder
 
@@ -217,12 +219,30 @@ def fetch(
     alpha: Alpha = 1.0,
     run: RunOption = None,
     seed: SeedOption = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an enrolled device: fetch from its coordinator.",
+                     show_default="this machine's, if it is enrolled and no run is named"),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT to fetch from, with a service's token.")
+    ] = None,
+    ca: Annotated[Path, typer.Option(help="ca.pem of that coordinator.")] = Path("ca.pem"),
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token for that coordinator.")
+    ] = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write a user's adapter as a Hugging Face PEFT folder.
 
-    PEFT's [bold]PeftModel.from_pretrained(base, folder)[/bold] loads it.
+    From a coordinator, or from a run of [bold]fedia3 simulate[/bold]. PEFT's
+    [bold]PeftModel.from_pretrained(base, folder)[/bold] loads it.
     """
+    source = _source(run, seed, state, coordinator, ca, token_file)
+    if source is not None:
+        with source:
+            _tell_remote(source.save(out_folder, user, alpha), user, out_folder, as_json)
+        return
     from fedia3.simulations.run import Run  # noqa: PLC0415  # --help stays fast
 
     served = Run.open(run, seed).save(user, out_folder, alpha)
@@ -370,11 +390,79 @@ def _tell(report: "Report", folder: "RunFolder", *, is_latest: bool) -> None:
     )
 
 
+def _source(
+    run: Path | None,
+    seed: int | None,
+    state: Path | None,
+    coordinator: str | None,
+    ca: Path,
+    token_file: Path | None,
+) -> "Coordinator | None":
+    """The coordinator that was meant, or None for a run of the simulation."""
+    from fedia3.client.device import DeviceFolder  # noqa: PLC0415  # --help stays fast
+
+    named = [name for name, value in (("--run", run), ("--state", state),
+                                      ("--coordinator", coordinator)) if value]  # fmt: skip
+    if len(named) > 1:
+        raise BadSetting(f"an adapter comes from one place, got {' and '.join(named)}")
+    is_run = run is not None or seed is not None
+    if coordinator is None and (is_run or not (state or DeviceFolder().is_enrolled)):
+        return None
+    from fedia3.client.coordinator import Coordinator  # noqa: PLC0415  # as above
+
+    if coordinator is None:
+        return Coordinator.from_state(state)
+    if token_file is None:
+        raise BadSetting(
+            "--coordinator takes a service's token in --token-file; the operator makes one with "
+            "`fedia3 coordinator service-token`"
+        )
+    return Coordinator(
+        coordinator, ca=_read(ca, "--ca"), token=_read(token_file, "--token-file").decode().strip()
+    )
+
+
+def _read(path: Path, option: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFound(f"cannot read {path} ({error.strerror}); name it with {option}") from error
+
+
+def _tell_remote(served: "Served", user: str, folder: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({
+            "user": user,
+            "folder": str(folder),
+            "choice": served.choice,
+            "global": _version_facts(served.everyone),
+            "personal": _version_facts(served.personal),
+            "unshared": asdict(served.unshared) if served.unshared else None,
+            "fallback": served.fallback,
+        })  # fmt: skip
+        return
+    everyone = f"global version {served.everyone.version}" if served.everyone else "the base model"
+    if served.personal:
+        out.print(f"{escape(str(served.personal))} on {everyone}")
+    elif served.unshared:
+        out.print(f"{escape(user)}'s own part, only on this device, on {everyone}")
+    else:
+        out.print(f"{escape(user)} is served {everyone}: there is no own part that is better")
+    if served.fallback:
+        err.print(f"[bold yellow]the last good one:[/] {escape(served.fallback)}", soft_wrap=True)
+    out.print(f"written to {folder} (adapter_config.json, adapter_model.safetensors)")
+
+
+def _version_facts(version: "AdapterVersion | None") -> dict[str, Any] | None:
+    return None if version is None else {"owner": version.user or "everyone"} | asdict(version)
+
+
 def _quiet() -> None:
     """Keep libraries from telling users what only their authors can act on."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it prints every handshake that fails
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
 

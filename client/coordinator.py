@@ -1,0 +1,550 @@
+"""A coordinator from Python: fetch what a user is served, publish, compare, erase, get the base.
+
+    from fedia3 import Coordinator
+
+    with Coordinator.from_state() as home:              # an enrolled device
+        served = home.served()
+    with Coordinator("home:8443", ca=pem, token=token) as home:   # a service with its token
+        served = home.served("alice")
+
+What was fetched is kept on the disk and checked whenever it is used. Where the coordinator is out
+of reach, or says what does not hold, the last good version answers, and ``fallback`` says why.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.message import Message
+
+from fedia3.adapters import encoding, manifest
+from fedia3.adapters.adapter import Adapter, PersonalAdapter
+from fedia3.adapters.base_store import BaseEntry, BaseStore, default_home
+from fedia3.adapters.manifest import Manifest
+from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
+from fedia3.adapters.schema import Schema
+from fedia3.client.base_download import BaseDownload, Progress
+from fedia3.client.cache import AdapterCache, Good
+from fedia3.client.device import DeviceFolder, write_private
+from fedia3.client.personal_store import KeptPart, PersonalStore, Shared
+from fedia3.client.records import (
+    AdapterVersion,
+    TrustedKeys,
+    named,
+    opened_manifest,
+    opened_version,
+    owner_of,
+    require_asked_for,
+    require_bytes,
+)
+from fedia3.client.renewal import Renewal
+from fedia3.errors import (
+    BadInput,
+    BadSignature,
+    Corrupt,
+    Fedia3Error,
+    NotFound,
+    StorageFailed,
+    Unreachable,
+    WrongBaseModel,
+)
+from fedia3.proto import adapters_pb2 as pb
+from fedia3.proto.base_models_pb2 import GetManifestRequest, SignedManifest
+from fedia3.proto.caller import TIMEOUT_S, Caller
+
+Answer = TypeVar("Answer", bound=Message)
+
+PAGE = 100  # versions asked for at once
+# The coordinator has nothing better to offer just now, or what it offers does not hold.
+_FALLBACK = (Unreachable, Corrupt, StorageFailed, BadSignature, WrongBaseModel)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A version and its file; every promise about it was checked."""
+
+    version: AdapterVersion
+    data: bytes
+    fallback: str | None = None  # why this is the last good one and not the coordinator's word
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a user is served: the newest global adapter, with their own part on it if there is one.
+
+    ``personal`` is the part in the coordinator's registry, ``unshared`` the one that only this
+    device has; at most one of them is set.
+    """
+
+    adapter: Adapter
+    everyone: AdapterVersion | None  # None before the first round
+    personal: AdapterVersion | None = None
+    unshared: KeptPart | None = None
+    fallback: str | None = None  # why something in it is the last good one
+
+    @property
+    def choice(self) -> str:
+        """``personal`` or ``global``."""
+        return "personal" if self.personal or self.unshared else "global"
+
+
+@dataclass(frozen=True)
+class TargetDifference:
+    """How far apart two adapters are on one target."""
+
+    key: str
+    distance: float  # L2, between the effective scales
+    largest: float  # of one scale
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far apart two versions are."""
+
+    distance: float
+    targets: tuple[TargetDifference, ...]
+
+
+class Coordinator:
+    """One coordinator; may be used by several threads at once.
+
+    Any call may raise what :meth:`Caller.call` raises.
+
+    Args:
+        address: ``host:port``.
+        ca: PEM of the authority that signs the coordinator's certificates.
+        token: a device's, a service's or the operator's.
+        signing_key: of a device; without it nothing can be published or erased.
+        keys: Ed25519, raw; sign manifests and records. By default the first that comes.
+        user: the device's; whose adapter is meant where none is named.
+        base: digest of the base model, by default the one that rounds train.
+        cache: folder of what was fetched, by default one for this coordinator in fedia3's home.
+        store: where base models lie.
+        timeout_s: how long a call may take, its repeats included.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        ca: bytes,
+        token: str,
+        signing_key: Ed25519PrivateKey | None = None,
+        keys: tuple[bytes, ...] = (),
+        user: str | None = None,
+        base: str | None = None,
+        cache: Path | None = None,
+        store: BaseStore | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.user = user
+        self._base = base
+        self._root = cache or _cache_of(address, ca)
+        self._store = store or BaseStore()
+        self._keys = TrustedKeys(keys, None if keys else self._root / "keys.json")
+        self._cache = AdapterCache(self._root / "adapters", self._keys)
+        self._caller = Caller(
+            address, ca=ca, token=token, signing_key=signing_key, timeout_s=timeout_s
+        )
+        self._renewal: Renewal | None = None
+
+    @classmethod
+    def from_state(
+        cls,
+        state: Path | DeviceFolder | None = None,
+        *,
+        store: BaseStore | None = None,
+        timeout_s: float = TIMEOUT_S,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+    ) -> Self:
+        """The coordinator that the device in ``state`` is enrolled with.
+
+        Raises:
+            NotFound: there is no enrolled device.
+        """
+        folder = state if isinstance(state, DeviceFolder) else DeviceFolder(state)
+        known = folder.enrolment()
+        made = cls(
+            known.address,
+            ca=folder.ca(),
+            token=known.token,
+            signing_key=folder.keys().signing,
+            keys=known.coordinator_keys,
+            user=known.user,
+            base=known.base_digest,
+            cache=folder.path,
+            store=store,
+            timeout_s=timeout_s,
+        )
+        made._renewal = Renewal(folder, known, made._caller, now_ms)
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; calls under way end as :class:`Unreachable`."""
+        self._caller.close()
+
+    @property
+    def address(self) -> str:
+        """``host:port``."""
+        return self._caller.address
+
+    def manifest(self, base: str | None = None) -> Manifest:
+        """A base model's manifest, by digest or name; by default that of :attr:`base_digest`.
+
+        Raises:
+            NotFound: the coordinator has no such base model.
+            BadSignature: what came was not signed by the coordinator.
+        """
+        wanted = self.base_digest if base is None else base
+        if not encoding.SHA256_HEX.fullmatch(wanted):
+            return self._asked_manifest(GetManifestRequest(name=wanted))
+        known = self._known_manifest(wanted)
+        return known or self._asked_manifest(GetManifestRequest(digest=wanted))
+
+    @cached_property
+    def base_digest(self) -> str:
+        """The base model whose adapters are meant."""
+        if self._base is not None:
+            return self._base
+        kept = self._root / "base"
+        try:
+            digest = self._asked_manifest(GetManifestRequest()).digest
+        except Unreachable:
+            if not kept.exists():
+                raise
+            return kept.read_text()
+        write_private(kept, digest.encode())
+        return digest
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The shape of this base model's adapters."""
+        return manifest.schema(self.manifest())
+
+    def download_base(
+        self, base: str | None = None, progress: Progress = lambda _done, _total: None
+    ) -> BaseEntry:
+        """Have the base model on this machine; see :class:`BaseDownload`."""
+        download = BaseDownload(self._caller, self._store, progress)
+        return download.fetch(self.manifest(base))
+
+    def resolve(self, user: str | None = None, version: int = 0) -> AdapterVersion:
+        """A version without its bytes: everyone's, or ``user``'s; 0 is the newest.
+
+        Raises:
+            NotFound: there is none, or it is somebody else's.
+        """
+        request = pb.ResolveRequest(
+            owner=owner_of(user), base_digest=self.base_digest, version=version
+        )
+        signed = self._call("Adapters/Resolve", request, pb.SignedRecord)
+        floor = version or self._cache.floor(user, self.base_digest)
+        return self._opened(signed, user, floor, exactly=version)
+
+    def fetch(self, user: str | None = None, version: int = 0) -> Fetched:
+        """A version and its file: everyone's, or ``user``'s; 0 is the newest.
+
+        The newest is kept; where nothing changed, the coordinator sends but a word.
+
+        Raises:
+            NotFound: there is none, or it is somebody else's; what was kept of a user's part is
+                deleted.
+            BadSignature, WrongBaseModel, Corrupt: what came does not hold, and nothing good is
+                kept.
+        """
+        if version:
+            return self._fetched_exactly(user, version)
+        good = self._kept(user)
+        try:
+            return self._fetched_newest(user, good)
+        except (NotFound, *_FALLBACK) as error:
+            if user is not None and isinstance(error, NotFound):
+                self._cache.forget(user, self.base_digest)  # it was erased
+                raise
+            if good is None:
+                raise
+            logger.warning("going on with %s: %s", good.version, error)
+            return Fetched(good.version, good.data, fallback=str(error))
+
+    def served(self, user: str | None = None, alpha: float = 1.0) -> Served:
+        """What a user is served, by default the device's: ``alpha`` 0 is the global adapter alone.
+
+        A part that only this device has counts where it is newer than the shared one.
+
+        Raises:
+            NotFound: there is no global adapter yet, or it is another user's device.
+        """
+        whose = self._whose(user)
+        everyone, own = self._found(None), self._found(whose)
+        local = self._local(own)
+        notes = [found.fallback for found in (everyone, own) if found and found.fallback]
+        if everyone is None and local is None:
+            raise NotFound(
+                f"{self.address} has no adapter for base model {self.base_digest[:12]} yet; it "
+                "comes with the first round"
+            )
+        served = Served(
+            self._global(everyone),
+            everyone.version if everyone else None,
+            fallback="; ".join(notes) or None,
+        )
+        if local is not None:
+            kept, part = local
+            is_better = kept.judged.choice == "personal"
+            return _with(served, part, alpha, unshared=kept) if is_better else served
+        if own is not None:
+            part = encoding.decode_personal(own.data, self.schema)
+            return _with(served, part, alpha, personal=own.version)
+        return served
+
+    def save(self, out: Path, user: str | None = None, alpha: float = 1.0) -> Served:
+        """Write what a user is served as a Hugging Face PEFT folder; see :meth:`served`.
+
+        The base model need not be on this machine.
+
+        Raises:
+            BadInput: ``out`` holds something else than an adapter.
+        """
+        served, base = self.served(user, alpha), self.manifest()
+        architecture = base.created_from.architecture
+        write_peft_folder(
+            served.adapter,
+            out,
+            base_name=self._base_name(base),
+            task_type=task_type_of(architecture),
+            fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
+        )
+        return served
+
+    def versions(self, user: str | None = None) -> Iterator[AdapterVersion]:
+        """Everyone's versions, or ``user``'s, newest first, page by page."""
+        before = 0
+        while True:
+            request = pb.ListRequest(
+                owner=owner_of(user),
+                base_digest=self.base_digest,
+                before_version=before,
+                limit=PAGE,
+            )
+            page = self._call("Adapters/List", request, pb.ListResponse).records
+            for signed in page:
+                found = self._opened(signed, user)
+                yield found
+                before = found.version
+            if len(page) < PAGE:
+                return
+
+    def compare(
+        self,
+        left: tuple[str | None, int],
+        right: tuple[str | None, int],
+    ) -> Comparison:
+        """How far apart two versions are; each is a user, or None for everyone, and a number."""
+        request = pb.CompareRequest(
+            left_owner=owner_of(left[0]),
+            left_version=left[1],
+            right_owner=owner_of(right[0]),
+            right_version=right[1],
+            base_digest=self.base_digest,
+        )
+        answer = self._call("Adapters/Compare", request, pb.CompareResponse)
+        targets = (TargetDifference(t.key, t.distance, t.largest) for t in answer.targets)
+        return Comparison(answer.distance, tuple(targets))
+
+    def publish(
+        self,
+        part: PersonalAdapter,
+        *,
+        num_examples: int,
+        metrics: dict[str, float] | None = None,
+        idem_key: str | None = None,
+    ) -> AdapterVersion:
+        """Give the device's user's own part to the registry; repeated, it is published once.
+
+        Raises:
+            NotFound: the global version that it was trained on was never published.
+            BadAdapter: nobody could read it back.
+        """
+        data = encoding.encode_personal(part)
+        digest = encoding.digest(data)
+        request = pb.PublishRequest(
+            base_digest=part.schema.base_digest,
+            data=data,
+            digest=digest,
+            num_examples=num_examples,
+            metrics=metrics or {},
+            idem_key=idem_key or f"part-{digest}",
+        )
+        signed = self._call("Adapters/Publish", request, pb.SignedRecord)
+        version = opened_version(signed, self._keys)
+        require_asked_for(version, self.user, part.schema.base_digest)
+        require_bytes(version, data)
+        return version
+
+    def erase(self, base: str | None = None) -> int:
+        """Delete the device's user's own parts, here and there; how many versions there were.
+
+        ``base`` is a base model's digest; by default on every base model.
+        """
+        request = pb.EraseRequest(base_digest=base or "")
+        erased = self._call("Adapters/Erase", request, pb.EraseResponse)
+        if self.user is not None:
+            self._cache.forget_user(self.user)
+        return int(erased.versions)
+
+    def _fetched_newest(self, user: str | None, good: Good | None) -> Fetched:
+        request = pb.FetchRequest(
+            owner=owner_of(user),
+            base_digest=self.base_digest,
+            if_none_match=good.version.digest if good else "",
+        )
+        answer = self._call("Adapters/Fetch", request, pb.FetchResponse)
+        if answer.unchanged:
+            if good is None:
+                raise Corrupt(f"{self.address} says that nothing changed, but nothing was here")
+            return Fetched(good.version, good.data)
+        kept = self._cache.keep(answer, user, self.base_digest)
+        return Fetched(kept.version, kept.data)
+
+    def _fetched_exactly(self, user: str | None, number: int) -> Fetched:
+        request = pb.FetchRequest(
+            owner=owner_of(user), base_digest=self.base_digest, version=number
+        )
+        answer = self._call("Adapters/Fetch", request, pb.FetchResponse)
+        version = self._opened(answer.record, user, exactly=number)
+        require_bytes(version, answer.data)
+        return Fetched(version, answer.data)
+
+    def _opened(
+        self, signed: pb.SignedRecord, user: str | None, floor: int = 0, *, exactly: int = 0
+    ) -> AdapterVersion:
+        version = opened_version(signed, self._keys)
+        require_asked_for(version, user, self.base_digest, floor=floor)
+        if exactly and version.version != exactly:
+            raise Corrupt(f"asked for version {exactly} of {named(user)}, got {version}")
+        return version
+
+    def _kept(self, user: str | None) -> Good | None:
+        """The last good version; one that was damaged on the disk is as good as none."""
+        try:
+            return self._cache.load(user, self.base_digest)
+        except Fedia3Error as error:
+            logger.warning("the kept adapter of %s is not used: %s", named(user), error)
+            return None
+
+    def _whose(self, user: str | None) -> str:
+        whose = user or self.user
+        if whose is None:
+            raise BadInput("say whose adapter: this caller is no user's device")
+        if self.user not in (None, whose):
+            raise NotFound(
+                f"no adapter of user {whose!r} here: this device belongs to {self.user!r} and "
+                "reads only theirs"
+            )
+        return whose
+
+    def _found(self, user: str | None) -> Fetched | None:
+        try:
+            return self.fetch(user)
+        except NotFound:
+            return None
+
+    def _global(self, everyone: Fetched | None) -> Adapter:
+        if everyone is None:
+            return Adapter.ones(self.schema)
+        return encoding.decode(everyone.data, self.schema)
+
+    def _local(self, own: Fetched | None) -> tuple[KeptPart, PersonalAdapter] | None:
+        """The part that this device made last, unless the shared one is newer."""
+        if self._renewal is None:
+            return None
+        store = PersonalStore(self._renewal.folder.personal)
+        local, given = store.current(self.schema), store.shared(self.base_digest)
+        if local is None or own is None or _is_newer(local[0], given, own.version):
+            return local
+        return None
+
+    def _known_manifest(self, digest: str) -> Manifest | None:
+        """From this machine: the digest is all that has to hold."""
+        places = [self._root / "manifests" / f"{digest}.json"]
+        with suppress(NotFound, BadInput):
+            places.insert(0, self._store.find(digest) / manifest.MANIFEST_FILE)
+        for place in places:
+            try:
+                known = Manifest.from_json(place.read_text())
+            except (OSError, ValueError, BadInput):
+                continue
+            if known.digest == digest:
+                return known
+        return None
+
+    def _base_name(self, base: Manifest) -> str:
+        """Its folder where it is on this machine."""
+        with suppress(NotFound):
+            return str(self._store.find(base.digest))
+        return base.name
+
+    def _asked_manifest(self, request: GetManifestRequest) -> Manifest:
+        signed = self._call("BaseModels/GetManifest", request, SignedManifest)
+        found = opened_manifest(signed, self._keys)
+        if request.digest and found.digest != request.digest:
+            raise Corrupt(
+                f"asked for base model {request.digest[:12]}, got {found.digest[:12]}; it is not "
+                "used"
+            )
+        if request.name and found.name != request.name:
+            raise Corrupt(f"asked for base model {request.name}, got {found.name}; it is not used")
+        write_private(self._root / "manifests" / f"{found.digest}.json", found.to_json().encode())
+        return found
+
+    def _call(self, name: str, request: Message, answer: type[Answer]) -> Answer:
+        answered = self._caller.call(name, request, answer)
+        if self._renewal is not None:
+            self._renewal.renew_if_due()
+        return answered
+
+
+def _with(
+    served: Served,
+    part: PersonalAdapter,
+    alpha: float,
+    *,
+    personal: AdapterVersion | None = None,
+    unshared: KeptPart | None = None,
+) -> Served:
+    adapter = part.on(served.adapter, alpha)
+    return replace(served, adapter=adapter, personal=personal, unshared=unshared)
+
+
+def _is_newer(kept: KeptPart, given: Shared | None, own: AdapterVersion) -> bool:
+    """Whether the registry's part is no later than what this device gave it, or made itself."""
+    if given is not None and given.version >= own.version:
+        return True
+    return kept.judged.made_ms >= own.created_at.timestamp() * 1000
+
+
+def _cache_of(address: str, ca: bytes) -> Path:
+    """A folder for one coordinator: another CA is another coordinator."""
+    name = sha256(address.encode() + b"\0" + ca).hexdigest()[:16]
+    return default_home() / "coordinators" / name
