@@ -41,6 +41,14 @@ class BlobStore(Protocol):
         """Whether something is stored under this digest; it is not read."""
         ...
 
+    def size(self, digest: str) -> int:
+        """How many bytes are stored under this digest; they are not read.
+
+        Raises:
+            NotFound: there are none.
+        """
+        ...
+
     def delete(self, digest: str) -> None:
         """Keep these bytes no longer, also across a crash; where there are none, nothing happens.
 
@@ -75,6 +83,12 @@ class MemoryBlobs:
     def has(self, digest: str) -> bool:
         """See :meth:`BlobStore.has`."""
         return digest in self._blobs
+
+    def size(self, digest: str) -> int:
+        """See :meth:`BlobStore.size`."""
+        if digest not in self._blobs:
+            raise _no_blob(digest)
+        return len(self._blobs[digest])
 
     def delete(self, digest: str) -> None:
         """See :meth:`BlobStore.delete`."""
@@ -131,6 +145,13 @@ class FileBlobs:
     def has(self, digest: str) -> bool:
         """See :meth:`BlobStore.has`."""
         return self._path(digest).is_file()
+
+    def size(self, digest: str) -> int:
+        """See :meth:`BlobStore.size`."""
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError as error:
+            raise _no_blob(digest) from error
 
     def delete(self, digest: str) -> None:
         """See :meth:`BlobStore.delete`."""

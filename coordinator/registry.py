@@ -237,6 +237,17 @@ class Registry:
         personal = encoding.decode_personal(data, schema)
         return Effective(personal.on(global_adapter, alpha), everyone, record)
 
+    def size(self, record: AdapterRecord) -> int:
+        """Bytes of a version's file.
+
+        Raises:
+            Corrupt: the version is known, but its bytes are gone.
+        """
+        try:
+            return self.blobs.size(record.digest)
+        except NotFound as error:
+            raise _bytes_gone(record) from error
+
     def versions(
         self, owner: Owner, base: str, before: int | None = None, limit: int | None = None
     ) -> tuple[AdapterRecord, ...]:
@@ -306,10 +317,14 @@ class Registry:
         try:
             return self.blobs.get(record.digest)
         except NotFound as error:
-            raise Corrupt(
-                f"the bytes of {record} are gone; restore blob {record.digest[:12]} from a backup"
-            ) from error
+            raise _bytes_gone(record) from error
 
     def _now(self) -> datetime:
         now = self._clock()
         return now.replace(microsecond=now.microsecond // 1000 * 1000)  # as fine as stores keep it
+
+
+def _bytes_gone(record: AdapterRecord) -> Corrupt:
+    return Corrupt(
+        f"the bytes of {record} are gone; restore blob {record.digest[:12]} from a backup"
+    )

@@ -61,6 +61,16 @@ def test_a_put_blob_is_there(blobs: BlobStore) -> None:
     assert blobs.has(blobs.put(HELLO))
 
 
+def test_a_blobs_size_is_its_bytes(blobs: BlobStore) -> None:
+    """
+    Five for hello; what is not there has none.
+    """
+    blobs.put(HELLO)
+    assert blobs.size(NAME) == 5
+    with pytest.raises(NotFound):
+        blobs.size("0" * 64)
+
+
 def test_a_deleted_blob_is_gone(blobs: BlobStore) -> None:
     """
     Its neighbour stays, deleting again is no error, and the same bytes may be put again.
