@@ -4,8 +4,8 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
-from fedia3 import __version__
 from fedia3.coordinator.directory import Device, Directory, Invite, Token
 from fedia3.coordinator.last_seen import is_online
 from fedia3.coordinator.operator import PartState
@@ -76,7 +76,7 @@ class AdminService:
         control, supervision = self._directory.round_control(), self._supervision()
         enrolled, now_ms = self._directory.enrolled(), self._now_ms()
         answer = pb.StatusResponse(
-            version=__version__,
+            version=version("fedia3"),
             base_digest=self._base_digest,
             paused=control.paused,
             run_requested=control.run_requested_ms is not None,
