@@ -14,9 +14,9 @@ import random
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,8 +95,9 @@ class BaseDownload:
             while not file.is_complete:
                 before = file.good
                 try:
-                    for done in _written(file, self._chunks(manifest, file)):
-                        self.progress(others + done, manifest.size)
+                    with closing(_written(file, self._chunks(manifest, file))) as counts:
+                        for done in counts:
+                            self.progress(others + done, manifest.size)
                     raise Unreachable(f"{file.entry.path} ended early")
                 except Unreachable as error:
                     if file.is_complete:
@@ -206,7 +207,7 @@ class _Unfinished:
             )
 
 
-def _written(file: _Unfinished, chunks: Iterator[bytes]) -> Iterator[int]:
+def _written(file: _Unfinished, chunks: Iterator[bytes]) -> Generator[int]:
     """Hash and write in a thread of its own while the next chunks come; the bytes that count.
 
     A chunk that came before the stream broke is written too.
