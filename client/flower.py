@@ -26,10 +26,9 @@ from flwr.clientapp import ClientApp
 
 from fedia3.adapters.adapter import Vector
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
-from fedia3.client.trainer_socket import RemoteTrainer
+from fedia3.client.trainer_socket import SOCKET_VARIABLE, RemoteTrainer
 from fedia3.errors import BadAdapter, BadInput, BadSetting, TrainerFailed
 
-SOCKET_VARIABLE = "FEDIA3_TRAINER_SOCKET"
 CLIENT_APP_RAISED = 2  # Flower's error code for a failing ClientApp
 
 T = TypeVar("T", int, str)

@@ -1,7 +1,8 @@
 """The owner's own parts, kept on the device with the gate's decision; the last good one stays.
 
 For each base model a folder, in it the files of the newest part and of the one before it, named by
-their digest, and what is known about each (``current.json``, ``last.json``).
+their digest, what is known about each (``current.json``, ``last.json``), and what the coordinator
+was given last (``shared.json``).
 """
 
 import json
@@ -11,13 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema
 from fedia3.client.device import write_private
 from fedia3.errors import BadInput
 
-CURRENT, LAST = "current.json", "last.json"
+CURRENT, LAST, SHARED = "current.json", "last.json", "shared.json"
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class KeptPart:
     schema_digest: str
     global_digest: str  # of the global version that it is relative to
     judged: Judged
-    shared_version: int | None = None  # in the coordinator's registry, if its owner shared it
+    shared_version: int | None = None  # in the coordinator's registry; None: it has not this one
 
     @classmethod
     def from_json(cls, data: bytes) -> "KeptPart":
@@ -55,6 +58,14 @@ class KeptPart:
     def to_json(self) -> bytes:
         """As its file holds it."""
         return json.dumps(asdict(self), indent=1).encode()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the coordinator was given last."""
+
+    digest: str
+    version: int  # in its registry
 
 
 @dataclass(frozen=True)
@@ -94,9 +105,7 @@ class PersonalStore:
         folder = self._folder / kept.base_digest
         write_private(_file(folder, kept.digest), data)
         current = _read(folder / CURRENT)
-        if current is not None and current.digest == kept.digest:
-            kept = replace(kept, shared_version=current.shared_version)
-        elif current is not None:
+        if current is not None and current.digest != kept.digest:
             write_private(folder / LAST, current.to_json())
         write_private(folder / CURRENT, kept.to_json())
         _drop_others(folder)
@@ -108,23 +117,40 @@ class PersonalStore:
         for name in (CURRENT, LAST):
             kept = _read(folder / name)
             if kept is not None and (part := _part(folder, kept, schema)) is not None:
+                shared = self.shared(schema.base_digest)
+                if shared is not None and shared.digest == kept.digest:
+                    kept = replace(kept, shared_version=shared.version)
                 return kept, part
         return None
 
-    def data(self, kept: KeptPart) -> bytes:
-        """The part's file.
+    def to_share(self, schema: Schema) -> PersonalAdapter | None:
+        """What the coordinator has to be given so that it serves what the gate decided.
 
-        Raises:
-            FileNotFoundError: it is not there any more.
+        The current part where it is served and not shared yet. Where the global is served again
+        though a part was shared, zeros: on every global they are exactly the global.
         """
-        return _file(self._folder / kept.base_digest, kept.digest).read_bytes()
+        if (found := self.current(schema)) is None:
+            return None
+        kept, part = found
+        shared = self.shared(schema.base_digest)
+        if kept.judged.choice == "global":
+            if shared is None:
+                return None
+            part = replace(part, delta=np.zeros_like(part.delta))
+        is_new = shared is None or shared.digest != _digest(part)
+        return part if is_new else None
 
-    def note_shared(self, kept: KeptPart, version: int) -> None:
+    def shared(self, base_digest: str) -> Shared | None:
+        """What the coordinator was given last."""
+        try:
+            return Shared(**json.loads((self._folder / base_digest / SHARED).read_bytes()))
+        except (OSError, ValueError, TypeError):  # to share twice does no harm
+            return None
+
+    def note_shared(self, part: PersonalAdapter, version: int) -> None:
         """Write down that the coordinator holds this part as ``version``."""
-        folder = self._folder / kept.base_digest
-        current = _read(folder / CURRENT)
-        if current is not None and current.digest == kept.digest:
-            write_private(folder / CURRENT, replace(current, shared_version=version).to_json())
+        facts = json.dumps(asdict(Shared(_digest(part), version)))
+        write_private(self._folder / part.schema.base_digest / SHARED, facts.encode())
 
     def forget(self) -> Forgotten:
         """Delete every part and all that is known of them."""
@@ -155,6 +181,10 @@ def _bottom_up(path: Path) -> Iterator[Path]:
             yield from _bottom_up(inner)
     if path.exists() or path.is_symlink():
         yield path
+
+
+def _digest(part: PersonalAdapter) -> str:
+    return encoding.digest(encoding.encode_personal(part))
 
 
 def _file(folder: Path, digest: str) -> Path:

@@ -24,6 +24,7 @@ from fedia3.adapters.adapter import Vector
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
 from fedia3.errors import BadInput, Fedia3Error, TrainerFailed, Unreachable
 
+SOCKET_VARIABLE = "FEDIA3_TRAINER_SOCKET"  # names the socket to Flower's short-lived ClientApp
 MAX_HEADER = 64 << 10  # bytes
 MAX_BODY = 64 << 20  # bytes; an adapter of 16 million scales
 LONGEST_PATH = 103  # bytes of a socket's path; macOS has room for 104 with the NUL, Linux for 108

@@ -14,7 +14,8 @@ from flwr.app import (
 )
 
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
-from fedia3.client.flower import SOCKET_VARIABLE, client_app, deployed, read_request
+from fedia3.client.flower import client_app, deployed, read_request
+from fedia3.client.trainer_socket import SOCKET_VARIABLE
 from fedia3.errors import BadAdapter, BadInput, BadSetting, TrainerFailed
 
 CONFIG = {"round": 3, "seed": 7, "schema": "5c", "plan.learning_rate": 0.02, "plan.max_steps": 4}

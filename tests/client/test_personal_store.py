@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
-from fedia3.adapters.encoding import digest, encode
+from fedia3.adapters.encoding import digest, encode, encode_personal
 from fedia3.adapters.schema import Schema, Target
-from fedia3.client.personal_store import Judged, PersonalStore, delete_below, ones_digest
+from fedia3.client.personal_store import (
+    Judged,
+    PersonalStore,
+    Shared,
+    delete_below,
+    ones_digest,
+)
 from fedia3.errors import BadAdapter
 
 SCHEMA = Schema("b" * 64, (Target("k", "k", 4),))
@@ -38,7 +44,7 @@ def test_a_part_comes_back_with_its_decision(store: PersonalStore):
     assert found[0] == kept
     assert found[0].judged == JUDGED
     assert found[1].delta.tolist() == [0.5] * 4
-    assert digest(store.data(kept)) == kept.digest
+    assert digest(encode_personal(found[1])) == kept.digest
 
 
 def test_there_is_none_before_the_first(store: PersonalStore):
@@ -91,18 +97,34 @@ def test_parts_of_another_base_stay_apart(store: PersonalStore):
     assert found[1].delta.tolist() == [0.5] * 4
 
 
-def test_sharing_is_written_down_for_the_part_it_was(store: PersonalStore):
+def test_a_served_part_is_to_be_shared_once(store: PersonalStore):
     """
-    The same part kept again is still shared; another one is not.
+    Then it is not new any more; a newer one is.
     """
-    kept = store.keep(part(0.5), JUDGED)
-    store.note_shared(kept, 3)
-    assert store.keep(part(0.5), replace(JUDGED, made_ms=2000)).shared_version == 3
-    assert store.keep(part(0.6), JUDGED).shared_version is None
-    store.note_shared(kept, 4)  # too late: it is not the current one any more
-    found = store.current(SCHEMA)
-    assert found is not None
-    assert found[0].shared_version is None
+    assert store.to_share(SCHEMA) is None
+    store.keep(part(0.5), JUDGED)
+    first = store.to_share(SCHEMA)
+    assert first is not None
+    store.note_shared(first, 3)
+    assert store.to_share(SCHEMA) is None
+    assert store.shared(SCHEMA.base_digest) == Shared(digest(encode_personal(first)), 3)
+    store.keep(part(0.6), JUDGED)
+    assert store.to_share(SCHEMA) is not None
+
+
+def test_where_the_global_is_served_again_zeros_are_shared(store: PersonalStore):
+    """
+    Who was given a part must not go on serving it; who was given none gets nothing.
+    """
+    as_global = replace(JUDGED, choice="global")
+    store.keep(part(0.5), as_global)
+    assert store.to_share(SCHEMA) is None
+    store.note_shared(part(0.5), 3)
+    zeros = store.to_share(SCHEMA)
+    assert zeros is not None
+    assert zeros.delta.tolist() == [0.0] * 4
+    store.note_shared(zeros, 4)
+    assert store.to_share(SCHEMA) is None
 
 
 def test_forgetting_leaves_no_file(store: PersonalStore, tmp_path: Path):
