@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedia3.client.device import DeviceFolder, DeviceKeys, Enrolment
 from fedia3.errors import BadInput, Conflict
-from fedia3.proto.caller import Caller
+from fedia3.proto.caller import TIMEOUT_S, Caller
 from fedia3.proto.enrolment_pb2 import (
     BeginRequest,
     BeginResponse,
@@ -29,6 +29,7 @@ def enroll(
     folder: DeviceFolder,
     device_name: str,
     *,
+    timeout_s: float = TIMEOUT_S,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
 ) -> Enrolment:
     """Make the device in ``folder`` one of the user for whom ``code`` was made.
@@ -39,6 +40,7 @@ def enroll(
         ca: PEM of who signs the coordinator's certificates.
         folder: the device's state, not enrolled yet.
         device_name: what the owner calls it, 1 to 128 characters.
+        timeout_s: how long each of the two calls may take, its repeats included.
         now_ms: this machine's clock.
 
     Raises:
@@ -49,12 +51,11 @@ def enroll(
     _require_new(folder)
     if not normal_code(code):
         raise BadInput("enrolling takes the code that the coordinator's operator handed out")
-    with Caller(address, ca=ca) as caller:
+    with Caller(address, ca=ca, timeout_s=timeout_s) as caller:
         try:
             answer = _completed(caller, code, folder.made_keys(), device_name)
         except Conflict:
-            # An earlier enrolment's answer was lost for good: its keys belong to a device that
-            # nobody is.
+            # They are the keys of a device of somebody else, or of one that was shut out.
             folder.replace_keys()
             answer = _completed(caller, code, folder.keys(), device_name)
     enrolment = Enrolment(
