@@ -99,6 +99,7 @@ class Campaign:
     log: logging.Logger
     now_ms: Clock
     sleep: Sleep = time.sleep
+    is_draining: Callable[[], bool] = lambda: False  # the coordinator is about to stop
 
     def run(self, rounds: int) -> int:
         """Run up to ``rounds`` rounds; how many were committed. A pause ends it in between.
@@ -132,7 +133,7 @@ class Campaign:
     def _may_go_on(self, done: int) -> bool:
         """Wait until the next round is due; False where the operator wants no more."""
         due_ms = self.now_ms() + (round(self.rounds.every_s * 1000) if done else 0)
-        while True:
+        while not self.is_draining():
             control = self.directory.round_control()
             if control.run_requested_ms is not None:
                 return True
@@ -141,17 +142,22 @@ class Campaign:
             if self.now_ms() >= due_ms:
                 return True
             self.sleep(LOOK_EVERY_S)
+        return False
 
     def _require_clients(self) -> None:
-        needed = self.rounds.min_clients
+        """Wait for as many devices as a round needs: they may just be coming back."""
+        needed, told = self.rounds.min_clients, -1
         for _ in range(round(CLIENTS_WITHIN_S / LOOK_EVERY_S)):
             online = len(self.fleet.population())
             if online >= needed:
                 return
+            if online != told:
+                self.log.info("waiting for devices: %d of %d are online", online, needed)
+                told = online
             self.sleep(LOOK_EVERY_S)
         raise QuorumNotMet(
             f"a round needs {needed} devices online, but within {CLIENTS_WITHIN_S:g} s there were "
-            f"only {online}"
+            f"only {told}"
         )
 
 

@@ -186,6 +186,11 @@ class CoordinatorConfig:
         """Why the next round has not started, as the scheduler last wrote it."""
         return self.folder / "schedule.json"
 
+    @property
+    def drain_file(self) -> Path:
+        """Its being there asks the ServerApp to begin no further round."""
+        return self.folder / "draining"
+
 
 def read_config(path: Path) -> CoordinatorConfig:
     """The settings in ``path``: a ``coordinator.toml``, or the folder that holds one.

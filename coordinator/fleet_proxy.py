@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedia3.coordinator.directory import Directory, RoundControl
+from fedia3.coordinator.last_seen import LastSeen
 from fedia3.errors import Fedia3Error
 from fedia3.proto.fleet import Answer, Call, refusal
 
 DEVICES_EVERY_S = 0.9  # a revoked device is out within a second
 ROUND_EVERY_S = 0.4
-SAW_EVERY_S = 30.0
+NOTED_EVERY_S = 5.0
 SMALL_CALL = 256 << 10  # bytes; only objects are larger
 CALLS_A_S, CALLS_AT_ONCE = 50.0, 200.0  # of one key
 KEYS_COUNTED = 10_000
@@ -57,7 +58,7 @@ class Doorkeeper:
         self._devices = _Remembered(self._read_devices, DEVICES_EVERY_S, now)
         self._control = _Remembered(directory.round_control, ROUND_EVERY_S, now)
         self._allowance = _Allowance(limits, now)
-        self._seen: set[str] = set()
+        self._last_seen = LastSeen(directory, now_ms)
 
     async def before(self, call: Call) -> Answer | None:
         """Refuse, answer an idle poll, or pass the call on."""
@@ -81,17 +82,16 @@ class Doorkeeper:
                 return refusal(403, "the coordinator hands out another app")
         if call.operation.name == "send-node-heartbeat" and answer.status == 200:
             devices: Mapping[bytes, str] = await self._devices.value()
-            self._seen.update(filter(None, [devices.get(call.key)]))
+            if device_id := devices.get(call.key):
+                self._last_seen.note(device_id)
         return answer
 
     async def note_seen(self) -> None:
         """Tell the directory, now and then, whose heartbeats came; ends when cancelled."""
         while True:
-            await asyncio.sleep(SAW_EVERY_S)
-            seen, self._seen = self._seen, set()
+            await asyncio.sleep(NOTED_EVERY_S)
             try:
-                if seen:
-                    await asyncio.to_thread(self._directory.saw, sorted(seen), self._now_ms())
+                await asyncio.to_thread(self._last_seen.flush)
             except Fedia3Error as error:
                 logger.warning("cannot note who was seen: %s", error)
 

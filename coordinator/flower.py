@@ -152,6 +152,7 @@ def _deployed(grid: Grid, context: Context) -> None:
                 campaign.starting_adapter(config),
                 log,
                 now_ms=lambda: time.time_ns() // 10**6,
+                is_draining=config.drain_file.exists,
             ).run(int(context.run_config["rounds"]))
         except Exception as error:
             log.error("the run ends: %s: %s", type(error).__name__, error)

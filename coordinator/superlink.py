@@ -5,7 +5,7 @@ queue: which devices there are stands in our directory, and is told to it again 
 """
 
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,6 +117,7 @@ class ControlLink:
             verify=ssl.create_default_context(cafile=config.ca),
             timeout=timeout_s,
         )
+        self._known: set[tuple[str, bytes]] = set()
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -134,26 +135,22 @@ class ControlLink:
             except httpx.HTTPStatusError as error:
                 if _code(error) != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                     raise
-                if not any(n.name == device_id and n.public_key == node_key for n in self.nodes()):
+                if not self._knows(device_id, node_key):
                     raise Conflict(
                         f"the SuperLink knows the key of device {device_id} under another name or "
                         "as unregistered; let the device enrol anew"
                     ) from error
 
-    def register_all(self, devices: Sequence[tuple[str, bytes]]) -> int:
-        """Register those of the devices (id, key) that the SuperLink lacks; how many it lacked.
-
-        Raises:
-            Conflict: see :meth:`register`.
-        """
-        there = {(node.name, node.public_key) for node in self.nodes()}
-        missing = [device for device in devices if device not in there]
-        for device_id, node_key in missing:
-            self.register(device_id, node_key)
-        return len(missing)
+    def _knows(self, device_id: str, node_key: bytes) -> bool:
+        """Whether this device is registered; a fleet that registers anew asks this for each."""
+        device = (device_id, node_key)
+        if device not in self._known:
+            self._known = {(node.name, node.public_key) for node in self.nodes()}
+        return device in self._known
 
     def unregister(self, device_id: str) -> None:
         """Shut a device out; one that the SuperLink does not know is out already."""
+        self._known = set()
         for node in self.nodes():
             if node.name == device_id:
                 with _translated():

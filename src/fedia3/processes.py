@@ -62,6 +62,7 @@ class Part:
     env: Mapping[str, str] = field(default_factory=dict)  # beside the supervisor's own
     ready: Callable[[], Awaitable[bool]] | None = None  # asked until it says yes
     backoff: Backoff = Backoff()
+    grace_s: float | None = None  # to end by itself, where it is less than the supervisor's
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,15 @@ class Supervisor:
 
     async def start(self, only: Collection[str] | None = None) -> None:
         """End what an earlier supervisor left, then begin to keep these parts; None: all."""
-        for line in await asyncio.to_thread(end_leftovers, self._file):
-            self._log.warning("%s", line)
+        await asyncio.to_thread(self.end_leftovers)
         for name, keeper in self._keepers.items():
             if only is None or name in only:
                 keeper.start()
+
+    def end_leftovers(self) -> None:
+        """End what an earlier supervisor with this status file left, and say so."""
+        for line in end_leftovers(self._file):
+            self._log.warning("%s", line)
 
     async def run(self, until: asyncio.Event) -> None:
         """Keep the parts, until somebody sets the event."""
@@ -190,7 +195,7 @@ class _Keeper:
         with contextlib.suppress(asyncio.CancelledError):
             await task
         if self._process is not None:
-            await self._end(self._process, grace_s)
+            await self._end(self._process, min(grace_s, self._part.grace_s or grace_s))
             self._process = None
         self._tell(state="stopped", pid=None, started=None)
 

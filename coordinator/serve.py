@@ -1,0 +1,192 @@
+"""``fedia3 coordinator serve``: every part of a coordinator under one supervisor.
+
+The supervisor itself holds no state that matters and serves nobody: it keeps the parts running and
+decides when rounds run. A kill of any part, of all of them or of the supervisor loses no round and
+no version that somebody was told of; the next start goes on from the database.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from datetime import UTC, datetime
+
+from fedia3.adapters.base_store import BaseStore
+from fedia3.coordinator.campaign import noted_process
+from fedia3.coordinator.config import CoordinatorConfig
+from fedia3.coordinator.directory import Directory, open_directory
+from fedia3.coordinator.parts import until_told
+from fedia3.coordinator.registry import Registry
+from fedia3.coordinator.schedule import Scheduler
+from fedia3.coordinator.setup import renew_certificate, serving_alone
+from fedia3.coordinator.superlink import (
+    ControlLink,
+    flower_environment,
+    is_up,
+    superexec_command,
+    superlink_command,
+)
+from fedia3.errors import Conflict
+from fedia3.processes import Backoff, Part, Supervisor
+from fedia3.proto.app import thin_app
+
+DRAIN_S = 10.0  # for what is under way when the coordinator stops
+READY_S = 60.0  # until something is said of a part that does not come up
+RENEWED_EVERY_S = 12 * 3600.0
+BACKOFF = Backoff(first_s=0.5, longest_s=15.0, healthy_s=30.0)
+SHOWS_CERTIFICATE = ("superlink", "proxy", "service")
+
+logger = logging.getLogger("fedia3.serve")
+
+
+def serve(config: CoordinatorConfig) -> None:
+    """Run the coordinator until SIGTERM or Ctrl-C.
+
+    Raises:
+        Conflict: a coordinator is being served from this folder, or a port is taken.
+        NotFound: the base model or a key is not there.
+    """
+    os.environ.update(flower_environment(config))
+    BaseStore().find(config.coordinator.base)
+    with serving_alone(config.folder):
+        asyncio.run(until_told(lambda until: _serve(config, until)))
+
+
+def parts_of(config: CoordinatorConfig) -> tuple[Part, ...]:
+    """The parts in the order in which they are started."""
+    flower = flower_environment(config)
+
+    async def superlink_is_up() -> bool:
+        return await is_up(config)
+
+    def flower_part(name: str, command: tuple[str, ...], **options: object) -> Part:
+        log = config.logs / f"{name}.log"
+        return Part(name, command, log, flower, backoff=BACKOFF, **options)  # type: ignore[arg-type]
+
+    return (
+        # it waits long for open connections, and loses nothing when it is killed: it has a database
+        flower_part("superlink", superlink_command(config), ready=superlink_is_up, grace_s=2.0),
+        flower_part("superexec", superexec_command(config)),
+        _own_part(config, "proxy", config.coordinator.fleet_port),
+        _own_part(config, "service", config.coordinator.grpc_port),
+    )
+
+
+def _own_part(config: CoordinatorConfig, name: str, port: int) -> Part:
+    command = (sys.executable, "-m", "fedia3.coordinator.parts", name, "--config", str(config.file))
+
+    async def listens() -> bool:
+        return await _answers(config.coordinator.bind, port)
+
+    return Part(name, command, config.logs / f"{name}.log", ready=listens, backoff=BACKOFF)
+
+
+async def _answers(bind: str, port: int) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 1.0)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
+    config.drain_file.unlink(missing_ok=True)
+    renew_certificate(config, datetime.now(UTC))
+    supervisor = Supervisor(parts_of(config), config.parts_file, logger)
+    supervisor.end_leftovers()
+    _require_free_ports(config)
+    logger.info("starting the coordinator in %s", config.folder)
+    await supervisor.start()
+    chores = [
+        asyncio.create_task(_schedule(config, until)),
+        asyncio.create_task(_say_when_up(config, supervisor)),
+        asyncio.create_task(_renew(config, supervisor)),
+    ]
+    stopped = asyncio.create_task(until.wait())
+    await asyncio.wait([stopped, chores[0]], return_when=asyncio.FIRST_COMPLETED)
+    for chore in chores[1:]:
+        chore.cancel()
+    await _stop(config, supervisor)
+    until.set()
+    await chores[0]
+
+
+async def _stop(config: CoordinatorConfig, supervisor: Supervisor) -> None:
+    """Take no new calls, let calls and the open round end, then stop the parts."""
+    logger.info("stopping: what is under way may take %g s", DRAIN_S)
+    config.drain_file.touch()
+    await asyncio.gather(supervisor.stop_part("service", DRAIN_S + 2.0), _round_is_over(config))
+    await supervisor.stop(DRAIN_S)
+    config.drain_file.unlink(missing_ok=True)
+    logger.info("stopped")
+
+
+async def _round_is_over(config: CoordinatorConfig) -> None:
+    """Back when no round is open, or after the time that one may take."""
+    with contextlib.closing(open_directory(config.registry)) as directory:
+        for _ in range(round(DRAIN_S / 0.2)):
+            if not await asyncio.to_thread(_has_open_round, directory):
+                return
+            await asyncio.sleep(0.2)
+    logger.warning("the round under way is given up; it will be run again")
+
+
+def _has_open_round(directory: Directory) -> bool:
+    opened = directory.round_control().open_round
+    return opened is not None and opened.until_ms > datetime.now(UTC).timestamp() * 1000
+
+
+async def _schedule(config: CoordinatorConfig, until: asyncio.Event) -> None:
+    with (
+        Registry.open(config.registry) as registry,
+        contextlib.closing(open_directory(config.registry)) as directory,
+        contextlib.closing(ControlLink(config)) as link,
+    ):
+        process = lambda: noted_process(config)  # noqa: E731  # read at every look
+        app = await asyncio.to_thread(thin_app)
+        await Scheduler(config, app, link, registry, directory, process, log=logger).run(until)
+
+
+async def _say_when_up(config: CoordinatorConfig, supervisor: Supervisor) -> None:
+    if await supervisor.wait_ready(READY_S):
+        logger.info("all parts are up; devices reach %s", config.address)
+        return
+    missing = [s.name for s in supervisor.statuses() if s.state != "running"]
+    logger.warning("not up after %g s: %s; see %s", READY_S, ", ".join(missing), config.logs)
+
+
+async def _renew(config: CoordinatorConfig, supervisor: Supervisor) -> None:
+    """Renew the certificate when it is due, and have the parts that show it read it again."""
+    while True:
+        await asyncio.sleep(RENEWED_EVERY_S)
+        if renew_certificate(config, datetime.now(UTC)):
+            logger.info("the servers' certificate was due and is renewed")
+            for name in SHOWS_CERTIFICATE:
+                await supervisor.stop_part(name)
+                supervisor.start_part(name)
+
+
+def _require_free_ports(config: CoordinatorConfig) -> None:
+    """Say at once which port is taken: a part would only die of it again and again.
+
+    Raises:
+        Conflict: one of the ports is.
+    """
+    wanted = {
+        "grpc_port": (config.coordinator.bind, config.coordinator.grpc_port),
+        "fleet_port": (config.coordinator.bind, config.coordinator.fleet_port),
+        "superlink_port": ("127.0.0.1", config.coordinator.superlink_port),
+    }
+    for name, (host, port) in wanted.items():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            socket.create_server((host, port), family=family).close()
+        except OSError as error:
+            raise Conflict(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what does, or choose "
+                f"another {name} in {config.file}"
+            ) from error
