@@ -15,7 +15,7 @@ from fedia3.errors import Fedia3Error
 from fedia3.proto.rules_pb2 import Reason
 
 DOMAIN = "fedia3"
-MAX_TEXT = 1000  # characters of a message
+MAX_TEXT = 1000  # bytes of a message; on the wire, twice in the metadata, up to five times that
 
 # the first class that fits, so the branches' ends stand before their roots
 _REASONS: tuple[tuple[type[Fedia3Error], Reason, int], ...] = (
@@ -72,7 +72,9 @@ def from_rpc_error(error: grpc.RpcError) -> Fedia3Error:
 
 
 def _status(code: int, text: str, reason: Reason, retry_s: float | None) -> Status:
-    status = Status(code=code, message=text[:MAX_TEXT])
+    # Cut in bytes: metadata is limited, and gRPC writes each byte beyond ASCII as three.
+    cut = text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
+    status = Status(code=code, message=cut)
     status.details.add().Pack(ErrorInfo(reason=Reason.Name(reason), domain=DOMAIN))
     if retry_s is not None:
         delay = Duration(nanos=round(retry_s * 1e9) % 10**9, seconds=int(retry_s))

@@ -66,6 +66,8 @@ class Rpcs:
     ) -> None:
         self._handlers, self._access, self._last_seen = handlers, access, last_seen
         self._now_ms, self._methods = now_ms, methods
+        missing = methods.keys() - handlers.keys()
+        assert not missing, f"there is no code for {sorted(missing)}"
         self._calls = ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="call")
         self._reads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._streams = Counter[str]()

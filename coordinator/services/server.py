@@ -91,11 +91,11 @@ class Service:
     ) -> None:
         self._settings, self._directory, self._registrar = settings, directory, registrar
         self._last_seen = LastSeen(directory, now_ms)
-        handlers = _handlers(
+        self.handlers = _handlers(
             settings, registry, directory, registrar, bases or BaseStore(), supervision, now_ms
         )
         access = Access(directory, settings.limits, now_ms, time.monotonic)
-        self._rpcs = Rpcs(handlers, access, self._last_seen, now_ms)
+        self._rpcs = Rpcs(self.handlers, access, self._last_seen, now_ms)
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._chores: list[asyncio.Task[None]] = []
