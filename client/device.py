@@ -37,7 +37,12 @@ from cryptography.hazmat.primitives.serialization import (
 from fedia3.adapters.base_store import default_home
 from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, StorageFailed
 
-_OURS = {"device.json", "ca.pem", "signing.key", "node.key", "adapters", "personal", "agent.lock"}
+_OURS = {
+    *("device.json", "ca.pem", "signing.key", "node.key", "adapters", "personal", "agent.lock"),
+    *("status.json", "control.json", "bytes.json", "logs", "flwr", "gateway.pem", "gateway.key"),
+    *("trainer.json", "trainer.sock", "trainer.sock.at", "trainer-parts.json"),
+    *("flower-parts.json", "superexec.secret"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,6 @@ class DeviceFolder:
     def personal(self) -> Path:
         """The owner's own parts."""
         return self.path / "personal"
-
-    @property
-    def trainer_socket(self) -> Path:
-        """Where the resident trainer listens."""
-        return self.path / "trainer.sock"
 
     @property
     def status_file(self) -> Path:
@@ -213,6 +213,14 @@ class DeviceFolder:
         """
         self._make()
         write_private(self.path / name, data)
+
+    def make(self) -> None:
+        """Have the folder, for its owner only.
+
+        Raises:
+            BadSetting: it cannot be made, or serves something else.
+        """
+        self._make()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fedia3.client.device import write_private
 from fedia3.client.splits import SplitPlan
 from fedia3.errors import BadSetting
 
@@ -31,7 +32,7 @@ class TrainerSettings:
 
     def write(self, path: Path) -> None:
         """Put it where :meth:`read` finds it."""
-        path.write_text(json.dumps(asdict(self), default=str, indent=1))
+        write_private(path, json.dumps(asdict(self), default=str, indent=1).encode())
 
     @classmethod
     def read(cls, path: Path) -> "TrainerSettings":

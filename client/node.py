@@ -1,0 +1,94 @@
+"""The device's Flower node: ``flower-supernode`` and its executor, kept running behind the gateway.
+
+Flower's own processes run no code but what is installed here, and find the resident trainer by its
+socket. They run in Flower's ``process`` isolation with a secret, so that nobody else on this
+machine can take a round's message in their place.
+"""
+
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedia3.client.device import DeviceFolder, Enrolment, write_private
+from fedia3.client.gateway import Gatekeeper, Gateway
+from fedia3.client.trainer_socket import SOCKET_VARIABLE
+from fedia3.processes import Backoff, Part, PartStatus, Supervisor
+
+AFTER_DEATH = Backoff(first_s=15.0, longest_s=120.0)  # until the old heartbeat's end it is refused
+TASK_POLL_S = 0.25
+
+
+class Node:
+    """The node of an enrolled device."""
+
+    def __init__(
+        self, folder: DeviceFolder, enrolment: Enrolment, trainer: Path, keeper: Gatekeeper
+    ) -> None:
+        self.enrolment, self.keeper = enrolment, keeper
+        self._gateway = Gateway(folder.path, enrolment.fleet_address, folder.ca(), keeper)
+        self._supervisor = Supervisor(
+            self._parts(folder, trainer), folder.path / "flower-parts.json"
+        )
+
+    async def start(self) -> None:
+        """Join the fleet, as soon as it can be reached."""
+        await self._gateway.start()
+        await self._supervisor.start()
+
+    async def stop(self) -> None:
+        """Leave the fleet; what is under way is lost to this round."""
+        await self._supervisor.stop(grace_s=5.0)
+        await self._gateway.stop()
+
+    def status(self) -> PartStatus:
+        """How Flower's process is."""
+        return self._supervisor.status("supernode")
+
+    def _parts(self, folder: DeviceFolder, trainer: Path) -> tuple[Part, Part]:
+        address = f"127.0.0.1:{_free_port()}"
+        secret = folder.path / "superexec.secret"
+        write_private(secret, secrets.token_hex(32).encode())
+        env = flower_environment(folder.path / "flwr", trainer)
+        supernode = (
+            *("flower-supernode", "--superlink", self._gateway.address),
+            *("--root-certificates", str(self._gateway.certificate)),
+            *("--auth-supernode-private-key", str(folder.node_key_file)),
+            *("--node-config", f'client="{self.enrolment.device_id}"'),
+            *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+        )
+        superexec = (
+            *("flower-superexec", "--insecure", "--runtime-api-address", address),
+            *("--superexec-auth-secret-file", str(secret)),
+        )
+        return (
+            Part("supernode", supernode, folder.logs / "supernode.log", env, None, AFTER_DEATH),
+            Part("superexec", superexec, folder.logs / "superexec.log", env),
+        )
+
+
+def flower_environment(home: Path, trainer: Path) -> Mapping[str, str]:
+    """What Flower's processes are told; ``home`` is for Flower's own files."""
+    return {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_S),
+        SOCKET_VARIABLE: str(trainer),
+        **SMALL,
+        "NO_PROXY": "localhost,127.0.0.1",  # their only peers
+        "no_proxy": "localhost,127.0.0.1",
+    }
+
+
+SMALL: Mapping[str, str] = {
+    "MALLOC_ARENA_MAX": "2",  # glibc keeps freed memory for each thread otherwise
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads, which nobody here needs
+}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
