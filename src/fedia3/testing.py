@@ -147,7 +147,7 @@ class CuttingProxy:
         self.refuses = False  # new connections are hung up on
         self._flows, self._over = Event(), Event()
         self._flows.set()
-        self._budget: int | None = None
+        self._budgets: list[int] = []  # bytes to the next cut, and between those after it
         self._is_clean = False
         self._lock, self._open = Lock(), set[socket.socket]()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -171,15 +171,18 @@ class CuttingProxy:
             for end in self._open:
                 _reset(end)
 
-    def cut_after(self, to_client: int) -> None:
-        """Reset all connections, once, when so many more bytes have gone towards clients."""
-        with self._lock:
-            self._budget, self._is_clean = to_client, False
+    def cut_after(self, *to_client: int) -> None:
+        """Reset all connections when so many more bytes have gone towards clients.
 
-    def truncate_after(self, to_client: int) -> None:
+        With several numbers again and again, each counted from the cut before it.
+        """
+        with self._lock:
+            self._budgets, self._is_clean = list(to_client), False
+
+    def truncate_after(self, *to_client: int) -> None:
         """As :meth:`cut_after`, but with a clean end, as a server that says goodbye too early."""
         with self._lock:
-            self._budget, self._is_clean = to_client, True
+            self._budgets, self._is_clean = list(to_client), True
 
     def stall(self) -> None:
         """Pass nothing on, and keep everything open."""
@@ -248,22 +251,23 @@ class CuttingProxy:
     def _allowed(self, data: bytes, flow: Flow) -> bytes:
         """What may still pass; the budget's last byte cuts."""
         with self._lock:
-            if flow is not self.to_client or self._budget is None:
+            if flow is not self.to_client or not self._budgets:
                 return data
-            data, self._budget = data[: self._budget], max(0, self._budget - len(data))
+            data = data[: self._budgets[0]]
+            self._budgets[0] -= len(data)
             return data
 
     def _pass_on(self, data: bytes, sink: socket.socket, flow: Flow) -> None:
         if flow.bytes_per_s:
             time.sleep(len(data) / flow.bytes_per_s)
-        sink.sendall(data)
-        with self._lock:
+        with self._lock:  # before they can be seen: who has them may count on the count
             flow.count += len(data)
             if self._captures:
                 flow.captured += data
-            is_used_up = flow is self.to_client and self._budget == 0
+            is_used_up = flow is self.to_client and self._budgets[:1] == [0]
             if is_used_up:
-                self._budget = None
+                self._budgets.pop(0)
+        sink.sendall(data)
         if is_used_up:
             self._end_all()
 
