@@ -39,6 +39,7 @@ class Gatekeeper:
         count: told the bytes of each call, both ways.
         check_every_s: after an empty poll, how long the next ones are answered here; 0: never.
         withheld: why the network may not be used now; None: it may.
+        on_message: told when the node has all of a message.
         clock: seconds, steady.
         now_ms: ms since 1970.
     """
@@ -49,10 +50,11 @@ class Gatekeeper:
         *,
         check_every_s: float = 0.0,
         withheld: Callable[[], str | None] = lambda: None,
+        on_message: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
     ) -> None:
-        self._count, self._withheld = count, withheld
+        self._count, self._withheld, self.on_message = count, withheld, on_message
         self._check_every_s, self._clock, self._now_ms = check_every_s, clock, now_ms
         self._app = app_id()
         self._ask_again = clock()
@@ -86,6 +88,8 @@ class Gatekeeper:
                 self._require_our_run(answer.message(call.operation))
             case "get-fab":
                 _require_our_app(answer.message(call.operation))
+            case "confirm-message-received":
+                self.on_message()
         return answer
 
     def _note(self, answer: Answer) -> None:

@@ -1,13 +1,17 @@
-"""The device's Flower node: ``flower-supernode`` and its executor, kept running behind the gateway.
+"""The device's Flower node: ``flower-supernode`` and our executor, kept running behind the gateway.
 
-Flower's own processes run no code but what is installed here, and find the resident trainer by its
-socket. They run in Flower's ``process`` isolation with a secret, so that nobody else on this
-machine can take a round's message in their place.
+Both run no code but what is installed here; the executor finds the resident trainer by its socket.
+The node is in Flower's ``process`` isolation with a secret, so that nobody else on this machine can
+take a round's message in the executor's place.
 """
 
+import os
 import secrets
+import signal
 import socket
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from fedia3.client.device import DeviceFolder, Enrolment, write_private
@@ -16,7 +20,7 @@ from fedia3.client.trainer_socket import SOCKET_VARIABLE
 from fedia3.processes import Backoff, Part, PartStatus, Supervisor
 
 AFTER_DEATH = Backoff(first_s=15.0, longest_s=120.0)  # until the old heartbeat's end it is refused
-TASK_POLL_S = 0.25
+WAKE = signal.SIGURG  # an executor that is not ready for it ignores it
 
 
 class Node:
@@ -26,6 +30,7 @@ class Node:
         self, folder: DeviceFolder, enrolment: Enrolment, trainer: Path, keeper: Gatekeeper
     ) -> None:
         self.enrolment, self.keeper = enrolment, keeper
+        keeper.on_message = self._wake_executor
         self._gateway = Gateway(folder.path, enrolment.fleet_address, folder.ca(), keeper)
         self._supervisor = Supervisor(
             self._parts(folder, trainer), folder.path / "flower-parts.json"
@@ -45,6 +50,12 @@ class Node:
         """How Flower's process is."""
         return self._supervisor.status("supernode")
 
+    def _wake_executor(self) -> None:
+        pid = self._supervisor.status("executor").pid
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, WAKE)
+
     def _parts(self, folder: DeviceFolder, trainer: Path) -> tuple[Part, Part]:
         address = f"127.0.0.1:{_free_port()}"
         secret = folder.path / "superexec.secret"
@@ -58,13 +69,17 @@ class Node:
             *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
             *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         )
-        superexec = (
-            *("flower-superexec", "--insecure", "--runtime-api-address", address),
-            *("--superexec-auth-secret-file", str(secret)),
+        executor = (
+            sys.executable,
+            "-m",
+            "fedia3.client.executor",
+            address,
+            str(secret),
+            str(int(WAKE)),
         )
         return (
             Part("supernode", supernode, folder.logs / "supernode.log", env, None, AFTER_DEATH),
-            Part("superexec", superexec, folder.logs / "superexec.log", env),
+            Part("executor", executor, folder.logs / "executor.log", env),
         )
 
 
@@ -75,7 +90,6 @@ def flower_environment(home: Path, trainer: Path) -> Mapping[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_S),
         SOCKET_VARIABLE: str(trainer),
         **SMALL,
         "NO_PROXY": "localhost,127.0.0.1",  # their only peers

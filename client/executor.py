@@ -1,0 +1,134 @@
+"""Takes a node's messages from its SuperNode and answers them here, one after another.
+
+Flower's own executor starts a process for every message, which installs and loads the app that the
+coordinator sent: about a second of work and 130 MB each time. A device of fedia3 runs one app, the
+one that is installed, and that app is thin; so this process stays, and whatever app came along
+with a message is not even unpacked.
+
+The agent starts it as ``python -m fedia3.client.executor ADDRESS SECRET_FILE SIGNAL``, beside
+``flower-supernode --isolation process``, and sends it that signal when its gateway saw a message
+pass: asking the SuperNode often would keep a device's processor awake for nothing.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from fedia3.client.flower import deployed
+
+IDLE_POLL_S = 5.0  # should a wake-up be lost
+BUSY_POLL_S = 0.1
+BUSY_S = 5.0  # after a wake-up, until the SuperNode has the message in order
+AGAIN_S = 2.0  # after the SuperNode did not answer
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"  # what the secret is asked for
+
+logger = logging.getLogger(__name__)
+
+
+def acquire(runtime: RuntimeHttpClient) -> str | None:
+    """The token of the next message's task; None while there is none."""
+    answer = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+    return answer.token if answer.HasField("task") and answer.token else None
+
+
+def answer(address: str, token: str) -> None:
+    """Do one task: its message through the installed app, its reply back to the SuperNode."""
+    runtime = _connected(
+        address,
+        [RuntimeVersionHttpInterceptor("flwr-clientapp"), RuntimeTokenHttpInterceptor(token)],
+    )
+    alive = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
+    alive.start()
+    try:
+        message, context, _run, _app = pull_task_input(runtime)
+        reply: Message = deployed(message, context)
+        push_message(runtime, reply, context)
+        push_task_output(runtime, context, SubStatus.COMPLETED, "")
+    except Exception as error:  # the text of an error stays on the device
+        push_task_output(runtime, None, SubStatus.FAILED, type(error).__name__)
+        raise
+    finally:
+        alive.stop()
+        runtime.close()
+
+
+class Pause:
+    """The time between two questions: long, and short for a while after the signal ``wake``."""
+
+    def __init__(self, wake: int) -> None:
+        self._woken, writing = socket.socketpair()
+        for end in (self._woken, writing):
+            end.setblocking(False)
+        self._writing = writing
+        self._busy_until = time.monotonic() + BUSY_S
+        signal.signal(wake, lambda *_: None)
+        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def take(self) -> None:
+        """Wait for the next question's time."""
+        is_busy = time.monotonic() < self._busy_until
+        woken, _, _ = select.select([self._woken], [], [], BUSY_POLL_S if is_busy else IDLE_POLL_S)
+        if woken:
+            self._woken.recv(4096)
+            self._busy_until = time.monotonic() + BUSY_S
+
+
+def work(address: str, secret: bytes, wake: int) -> None:
+    """Answer messages until the process is ended."""
+    pause = Pause(wake)
+    proof = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
+    runtime = _connected(address, [RuntimeVersionHttpInterceptor("SuperExec"), proof])
+    while True:
+        try:
+            if token := acquire(runtime):
+                answer(address, token)
+            else:
+                pause.take()
+        except Exception as error:  # one message's failure is no other's
+            logger.warning("a message was not answered: %s", type(error).__name__, exc_info=error)
+            time.sleep(AGAIN_S)
+
+
+def _connected(
+    address: str, interceptors: Sequence[ProtobufClientInterceptor]
+) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,  # this machine's loopback
+        root_certificates=None,
+        interceptors=list(interceptors),
+        retry_invoker=make_simple_http_retry_invoker(),
+    )
+
+
+def main() -> None:
+    """The process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    os.umask(0o077)
+    address, secret_file, wake = sys.argv[1:]
+    work(address, Path(secret_file).read_bytes(), int(wake))
+
+
+if __name__ == "__main__":
+    main()

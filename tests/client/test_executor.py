@@ -1,0 +1,30 @@
+import os
+import signal
+import threading
+import time
+
+from fedia3.client.executor import BUSY_S, IDLE_POLL_S, Pause
+
+
+def rested() -> Pause:
+    """A pause that was not woken for a while."""
+    pause = Pause(signal.SIGURG)
+    pause._busy_until = time.monotonic()
+    return pause
+
+
+def test_a_signal_ends_a_long_pause():
+    """The executor asks at once when a message has passed the gateway."""
+    pause = rested()
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGURG)).start()
+    before = time.monotonic()
+    pause.take()
+    assert time.monotonic() - before < IDLE_POLL_S / 2
+
+
+def test_after_a_signal_pauses_are_short_for_a_while():
+    """The SuperNode may not have the message in order yet, so it is asked again soon."""
+    pause = rested()
+    os.kill(os.getpid(), signal.SIGURG)
+    pause.take()
+    assert pause._busy_until > time.monotonic() + BUSY_S / 2
