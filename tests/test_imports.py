@@ -63,6 +63,12 @@ def test_the_coordinator_runs_rounds_without_torch():
     assert loaded.isdisjoint(HEAVY)
 
 
+def test_the_services_need_no_model_and_no_flower():
+    """What answers devices starts fast: neither torch nor Flower, and a database once opened."""
+    loaded = loaded_by("fedia3.coordinator.services.server", "fedia3.coordinator.directory")
+    assert loaded.isdisjoint({"flwr", "sqlalchemy", *HEAVY})
+
+
 def test_rounds_without_flower_load_neither_flower_nor_a_database():
     """The loop itself knows no transport and no SQL."""
     assert loaded_by("fedia3.coordinator.rounds").isdisjoint({"flwr", "sqlalchemy", *HEAVY})

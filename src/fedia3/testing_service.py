@@ -26,8 +26,10 @@ from fedia3.adapters.manifest import (
     write_manifest,
 )
 from fedia3.adapters.schema import Target
+from fedia3.coordinator.access import Limits
 from fedia3.coordinator.certificates import Issued, make_authority, make_server_certificate
 from fedia3.coordinator.directory import Device, Directory, Invite, Token, open_directory
+from fedia3.coordinator.rates import Rate
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.services.admin import Supervision
 from fedia3.coordinator.services.enrolment import device_id_of
@@ -39,6 +41,9 @@ from fedia3.errors import BadToken, Unreachable
 
 FLEET_ADDRESS = "localhost:8444"
 LONG_MS = 365 * DAY_MS
+
+_NEVER = Rate(per_s=1e6, burst=1_000_000)
+NO_LIMITS = Limits(_NEVER, _NEVER, _NEVER, _NEVER, _NEVER, _NEVER)  # more calls than a test makes
 
 
 class MemoryRegistrar:
@@ -159,6 +164,7 @@ def running_service(
         grace_s: how long calls under way have when the block ends.
         settings: fields of ``ServiceSettings``, such as ``limits``.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     base = base or _paper_base_in(folder)
     given = replace(_settings(folder, base), port=port, **settings)
     operator_token, operator_key = _kept_operator(folder)
@@ -266,7 +272,7 @@ def _listening(service: Service, grace_s: float) -> Iterator[int]:
             port.set_result(await service.start())
         except BaseException as error:
             port.set_exception(error)
-            raise
+            return
         await over.wait()
         await service.stop(grace_s)
 

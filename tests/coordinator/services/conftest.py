@@ -11,13 +11,8 @@ from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.manifest import schema
 from fedia3.adapters.schema import Schema
-from fedia3.coordinator.access import Limits
-from fedia3.coordinator.rates import Rate
 from fedia3.proto.caller import Caller
-from fedia3.testing_service import EnrolledDevice, RunningService, running_service
-
-NEVER = Rate(per_s=1e6, burst=1_000_000)  # so many calls that no test meets the limit
-NO_LIMITS = Limits(NEVER, NEVER, NEVER, NEVER, NEVER, NEVER)
+from fedia3.testing_service import NO_LIMITS, EnrolledDevice, RunningService, running_service
 
 
 class Clock:
