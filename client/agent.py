@@ -125,6 +125,7 @@ class Agent:
         self._upkeep: Upkeep | None = None
         self._node: Node | None = None
         self._own: tuple[KeptPart | None, Shared | None] = (None, None)
+        self._global_version: int | None = None
         self._rounds = 0
         self._met_ms = 0  # the owner's last wish to personalize that was met
         self._rests_until = 0.0
@@ -189,7 +190,10 @@ class Agent:
     # --- what is -----------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        self._control = Control.read(self.folder.control_file)
+        control = Control.read(self.folder.control_file)
+        if control.forgotten_ms != self._control.forgotten_ms:
+            self._own = (None, None)
+        self._control = control
         self._enrolment = self.folder.enrolment() if self.folder.is_enrolled else None
         if self._jobs.may_begin("probe"):
             self._jobs.not_before("probe", PROBE_EVERY_S)
@@ -430,6 +434,7 @@ class Agent:
     def _with_personal(self, status: DeviceStatus) -> DeviceStatus:
         self._look_at_own()
         kept, shared = self._own
+        status = replace(status, global_version=self._global_version)
         if kept is None:
             return status
         return replace(
@@ -447,6 +452,7 @@ class Agent:
         schema = self._trainer.base.schema
         found = self._personal.current(schema)
         self._own = (found[0] if found else None, self._personal.shared(schema.base_digest))
+        self._global_version = everyones(self.folder, schema).version
 
     def _standing(self) -> Coordinator | None:
         if self._enrolment is None:

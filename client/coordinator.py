@@ -237,6 +237,10 @@ class Coordinator:
         write_private(kept, digest.encode())
         return digest
 
+    def base_of_rounds(self) -> Manifest:
+        """The manifest of the base model that rounds train now, whichever this caller uses."""
+        return self._asked_manifest(GetManifestRequest())
+
     @cached_property
     def schema(self) -> Schema:
         """The shape of this base model's adapters."""

@@ -7,7 +7,7 @@ not give is taken from this machine: the last good global adapter, or the base m
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 from fedia3.adapters import encoding
@@ -21,6 +21,7 @@ from fedia3.client.personal_store import KeptPart, ones_digest
 from fedia3.client.records import TrustedKeys
 from fedia3.errors import Fedia3Error, NotAllowed, NotFound, Unreachable
 
+BASE_EVERY_S = 3600.0  # whether rounds train another base model now; its manifest may be long
 CALL_BYTES = 2000  # of one call beside its data, both ways: TLS, HTTP/2, token, signatures
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Upkeep:
         count: told of bytes, both ways.
         may_go: whether today's bytes still suffice.
         now_ms: ms since 1970.
+        clock: seconds, steady.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class Upkeep:
         count: Callable[[int], None] = lambda _: None,
         may_go: Callable[[], bool] = lambda: True,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._store = folder, store
         self._count, self._may_go, self._now_ms = count, may_go, now_ms
         self._lock, self._home = Lock(), Coordinator.from_state(folder, store=store)
         self.device_id = folder.enrolment().device_id
+        self._clock, self._ask_base = clock, clock()
         self.silent_since_ms: int | None = None
         self.shut_out: str | None = None
 
@@ -73,6 +77,7 @@ class Upkeep:
         """Bring base model and global adapter up to date; note whether the coordinator answers."""
         with self._lock:
             try:
+                self._follow_base()
                 self._fetch_global()
                 self._heard()
                 self._fetch_base()
@@ -96,6 +101,20 @@ class Upkeep:
             )
             self._count(CALL_BYTES + version.size)
             return version.version
+
+    def _follow_base(self) -> None:
+        """Belong to the base model that rounds train, which an operator may change."""
+        if self._clock() < self._ask_base:
+            return
+        wanted = self._home.base_of_rounds()
+        self._count(CALL_BYTES + len(wanted.to_json()))
+        self._ask_base = self._clock() + BASE_EVERY_S
+        known = self._folder.enrolment()
+        if wanted.digest != known.base_digest:
+            logger.info("rounds train base model %s now (%s)", wanted.name, wanted.digest[:12])
+            self._folder.keep(replace(known, base_digest=wanted.digest))
+            self._home.close()
+            self._home = Coordinator.from_state(self._folder, store=self._store)
 
     def _fetch_global(self) -> None:
         self._count(CALL_BYTES)

@@ -164,7 +164,8 @@ def run(
         check_every_s=check_every,
         personal_every_s=personal_every,
     )
-    serve(Agent(settings, DeviceFolder(state), told=tell))
+    folder = DeviceFolder(state.absolute() if state else None)
+    serve(Agent(settings, folder, told=tell))
 
 
 @client_app.command()
@@ -289,6 +290,8 @@ def _facts(found: "DeviceStatus") -> Iterator[tuple[str, str]]:
         shared = f"shared as version {found.shared_version}" if found.shared_version else "unshared"
         yield "own adapter", f"served is {found.choice}; made at {made}; {shared}"
         yield "loss", f"{losses} (per token of text held out)"
+        if found.global_version:
+            yield "global", f"version {found.global_version}"
     yield "network", f"{found.bytes_today / 1e6:.1f} MB today"
     yield "state", found.state_folder
 
