@@ -1,7 +1,7 @@
 """The deployed ServerApp's work: rounds with the enrolled devices, until its run's share is done.
 
-A round is opened in the directory before its messages go out and closed behind them, which is how
-the fleet's door knows whose polls have something to fetch.
+A round is opened in the directory once its requests lie at the SuperLink and closed when it is
+over, which is how the fleet's door knows whose polls have something to fetch.
 """
 
 import json
@@ -34,6 +34,11 @@ Clock = Callable[[], int]  # ms since 1970
 Sleep = Callable[[float], None]
 
 
+def wall_ms() -> int:
+    """This machine's clock."""
+    return time.time_ns() // 10**6
+
+
 class Bookkeeper:
     """Opens and closes each round in the directory, and tells of it in a line."""
 
@@ -46,14 +51,18 @@ class Bookkeeper:
         self._now_ms = now_ms
         self._began_ms = 0
         self._requested_ms: int | None = None
+        self._round: OpenRound | None = None
 
     def round_started(self, round_num: int, cohort: Sequence[str]) -> None:
-        """Let the cohort's polls through; what the operator asked for before is met by it."""
+        """What the operator asked for until now is met by this round."""
         self._began_ms = self._now_ms()
         self._requested_ms = self._directory.round_control().run_requested_ms
-        opened = OpenRound(round_num, tuple(cohort), self._began_ms + self._deadline_ms)
-        self._directory.open_round(opened)
+        self._round = OpenRound(round_num, tuple(cohort), self._began_ms + self._deadline_ms)
         self._log.info("round %d begins with %d devices", round_num, len(cohort))
+
+    def requests_sent(self) -> None:
+        """Let the cohort's polls through: now they find something."""
+        self._directory.open_round(self._round)
 
     def reply_judged(self, round_num: int, contribution: Contribution) -> None:
         """Say what kept a device's work out of the round."""
@@ -93,11 +102,12 @@ class Campaign:
     registry: Registry
     directory: Directory
     fleet: Fleet
+    book: Bookkeeper
     plan: RoundPlan
     rounds: RoundsConfig
     start: Adapter
     log: logging.Logger
-    now_ms: Clock
+    now_ms: Clock = wall_ms
     sleep: Sleep = time.sleep
     is_draining: Callable[[], bool] = lambda: False  # the coordinator is about to stop
 
@@ -108,7 +118,6 @@ class Campaign:
             QuorumNotMet: too few devices were there, or too few usable replies came.
             Conflict: another coordinator runs rounds on the same registry.
         """
-        book = Bookkeeper(self.directory, self.rounds.deadline_s, self.log, self.now_ms)
         done = 0
         try:
             while done < rounds and self._may_go_on(done):
@@ -119,7 +128,7 @@ class Campaign:
                     self.plan,
                     start=self.start,
                     until_round=self._next_round(),
-                    observer=book,
+                    observer=self.book,
                 )
                 done += 1
         finally:

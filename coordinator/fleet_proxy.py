@@ -2,26 +2,29 @@
 
 Behind the door the SuperLink checks that a call's signature belongs to the key it shows, and that
 the node it speaks for belongs to that key. What it does not check is checked here: that the key is
-an enrolled device's, that a reply is the sender's own, that no other app is fetched. Polls of a
-device that no open round asks are answered here, so that an idle device costs the SuperLink
-nothing but its heartbeats.
+an enrolled device's, that a reply is the sender's own, that no other app is fetched.
+
+A poll that has nothing to fetch is held here until a round asks its device. So an idle device costs
+the SuperLink nothing but its heartbeats, and one that is asked learns it at once: after an empty
+answer a node sleeps for three seconds, whatever happens.
 """
 
 import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedia3.coordinator.directory import Directory, RoundControl
+from fedia3.coordinator.directory import Directory, OpenRound, RoundControl
 from fedia3.coordinator.last_seen import LastSeen
 from fedia3.errors import Fedia3Error
 from fedia3.proto.fleet import Answer, Call, refusal
 
 DEVICES_EVERY_S = 0.9  # a revoked device is out within a second
-ROUND_EVERY_S = 0.4
+ROUND_EVERY_S = 0.2
+HELD_S = 20.0  # a node gives its poll up after 30, a relay on the way after 25
 NOTED_EVERY_S = 5.0
 SMALL_CALL = 256 << 10  # bytes; only objects are larger
 CALLS_A_S, CALLS_AT_ONCE = 50.0, 200.0  # of one key
@@ -49,6 +52,7 @@ class Doorkeeper:
         app_digest: str,
         *,
         limits: Limits = Limits(),
+        held_s: float = HELD_S,
         now: Now = time.monotonic,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
     ) -> None:
@@ -57,6 +61,9 @@ class Doorkeeper:
         self._now_ms = now_ms
         self._devices = _Remembered(self._read_devices, DEVICES_EVERY_S, now)
         self._control = _Remembered(directory.round_control, ROUND_EVERY_S, now)
+        self._held_s = held_s
+        self._held: dict[str, asyncio.Event] = {}  # by device: its poll
+        self._served: dict[str, OpenRound] = {}  # by device: the last round it fetched
         self._allowance = _Allowance(limits, now)
         self._last_seen = LastSeen(directory, now_ms)
 
@@ -75,16 +82,50 @@ class Doorkeeper:
             return refusal(503, "the coordinator's directory cannot be read; come again")
 
     async def after(self, call: Call, answer: Answer) -> Answer:
-        """Let the answer through, unless it brings another app; note who was heard of."""
-        if call.operation.name == "get-fab" and answer.status == 200:
-            fetched: Any = answer.message(call.operation)
-            if fetched.fab.hash_str != self._app_digest:
-                return refusal(403, "the coordinator hands out another app")
-        if call.operation.name == "send-node-heartbeat" and answer.status == 200:
+        """Let the answer through, unless it brings another app; note what it says."""
+        if answer.status != 200:
+            return answer
+        name = call.operation.name
+        if name == "get-fab" and not _is_app(answer.message(call.operation), self._app_digest):
+            return refusal(403, "the coordinator hands out another app")
+        if name in ("send-node-heartbeat", "pull-messages"):
             devices: Mapping[bytes, str] = await self._devices.value()
             if device_id := devices.get(call.key):
-                self._last_seen.note(device_id)
+                await self._note(device_id, call, answer)
         return answer
+
+    async def _note(self, device_id: str, call: Call, answer: Answer) -> None:
+        if call.operation.name == "send-node-heartbeat":
+            self._last_seen.note(device_id)
+            return
+        opened = (await self._control.value()).open_round
+        if opened and _holds_request(answer.message(call.operation), opened):
+            self._served[device_id] = opened
+
+    async def watch_rounds(self) -> None:
+        """Let held polls go when a round asks their devices; ends when cancelled."""
+        known: OpenRound | None = None
+        while True:
+            await asyncio.sleep(ROUND_EVERY_S)
+            try:
+                opened = (await self._control.value()).open_round
+            except Fedia3Error as error:
+                logger.warning("the directory cannot be read: %s", error)
+                continue
+            if opened is not None and opened != known:
+                self._served.clear()
+                self._let_go(opened.cohort)
+            known = opened
+
+    def let_everybody_go(self) -> None:
+        """Hold no poll from now on, as when the door closes."""
+        self._held_s = 0.0
+        self._let_go(tuple(self._held))
+
+    def _let_go(self, device_ids: Sequence[str]) -> None:
+        for device_id in device_ids:
+            if poll := self._held.get(device_id):
+                poll.set()
 
     async def note_seen(self) -> None:
         """Tell the directory, now and then, whose heartbeats came; ends when cancelled."""
@@ -99,13 +140,40 @@ class Doorkeeper:
         return {device.node_key: device.device_id for device in self._directory.enrolled()}
 
     async def _idle(self, call: Call, device_id: str) -> Answer | None:
-        if call.operation.name != "pull-messages":
+        """Hold a poll that would find nothing; answer it when its time is over."""
+        if call.operation.name != "pull-messages" or await self._is_asked(device_id):
             return None
-        control: RoundControl = await self._control.value()
-        opened = control.open_round
-        if opened and device_id in opened.cohort and self._now_ms() < opened.until_ms:
+        if await self._hold(device_id) and await self._is_asked(device_id):
             return None
         return Answer(body=call.operation.response().SerializeToString())
+
+    async def _is_asked(self, device_id: str) -> bool:
+        control: RoundControl = await self._control.value()
+        opened = control.open_round
+        return (
+            opened is not None
+            and device_id in opened.cohort
+            and self._now_ms() < opened.until_ms
+            and self._served.get(device_id) != opened
+        )
+
+    async def _hold(self, device_id: str) -> bool:
+        """Until a round opens or the time is over; False for a poll that a newer one replaced.
+
+        Whoever waited for the older one is gone: what it fetched would be lost.
+        """
+        if older := self._held.pop(device_id, None):
+            older.set()
+        self._held[device_id] = poll = asyncio.Event()
+        try:
+            await asyncio.wait_for(poll.wait(), self._held_s)
+        except TimeoutError:
+            pass
+        finally:
+            is_newest = self._held.get(device_id) is poll
+            if is_newest:
+                del self._held[device_id]
+        return is_newest
 
 
 def _fault(call: Call, app_digest: str) -> Answer | None:
@@ -131,6 +199,19 @@ def _is_own_reply(request: Any) -> bool:
     """The SuperLink checks that ``node`` is the caller's, but not who the message says it is."""
     senders = [message.metadata.src_node_id for message in request.messages_list]
     return senders == [request.node.node_id]
+
+
+def _is_app(answer: Any, app_digest: str) -> bool:
+    return bool(answer.fab.hash_str == app_digest)
+
+
+def _holds_request(answer: Any, opened: OpenRound) -> bool:
+    """Whether the answer holds this round's request; one that an earlier round left ends before."""
+    return any(
+        message.metadata.group_id == str(opened.round_num)
+        and (message.metadata.created_at + message.metadata.ttl) * 1000 >= opened.until_ms - 1
+        for message in answer.messages_list
+    )
 
 
 class _Remembered:

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 class FlowerFleet:
     """The devices behind a Flower ``Grid``; a node's registered name is its client's id.
 
-    ``admitted`` says which of the nodes online take part, by client. A SuperLink that is away for
+    ``admitted`` says which of the nodes online take part, by client; ``sent`` is called when a
+    round's requests lie at the SuperLink. A SuperLink that is away for
     a while costs time, not the round: the requests and replies lie in its database.
     """
 
@@ -47,10 +48,12 @@ class FlowerFleet:
         grid: Grid,
         poll_s: float = POLL_S,
         admitted: Callable[[Nodes], Mapping[str, int]] | None = None,
+        sent: Callable[[], None] = lambda: None,
     ) -> None:
         self._grid = grid
         self._poll_s = poll_s
         self._admitted = admitted or nodes_by_client
+        self._sent = sent
         self._nodes: Mapping[str, int] = {}
 
     def population(self) -> Sequence[str]:
@@ -75,6 +78,7 @@ class FlowerFleet:
                 asked[message_id] = client
             else:
                 yield Reply(client, failure="the coordinator could not send the request")
+        self._sent()
         yield from self._pull(asked, ends)
 
     def _push(
@@ -141,19 +145,25 @@ def _deployed(grid: Grid, context: Context) -> None:
         Registry.open(config.registry) as registry,
         closing(open_directory(config.registry)) as directory,
     ):
-        fleet = FlowerFleet(grid, admitted=lambda nodes: enrolled(nodes, directory.enrolled()))
+        book = campaign.Bookkeeper(directory, config.rounds.deadline_s, log, campaign.wall_ms)
+        fleet = FlowerFleet(
+            grid,
+            admitted=lambda nodes: enrolled(nodes, directory.enrolled()),
+            sent=book.requests_sent,
+        )
+        work = campaign.Campaign(
+            registry,
+            directory,
+            fleet,
+            book,
+            config.plan,
+            config.rounds,
+            campaign.starting_adapter(config),
+            log,
+            is_draining=config.drain_file.exists,
+        )
         try:
-            campaign.Campaign(
-                registry,
-                directory,
-                fleet,
-                config.plan,
-                config.rounds,
-                campaign.starting_adapter(config),
-                log,
-                now_ms=lambda: time.time_ns() // 10**6,
-                is_draining=config.drain_file.exists,
-            ).run(int(context.run_config["rounds"]))
+            work.run(int(context.run_config["rounds"]))
         except Exception as error:
             log.error("the run ends: %s: %s", type(error).__name__, error)
             raise

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -90,9 +91,12 @@ async def run_proxy(config: CoordinatorConfig, until: asyncio.Event) -> None:
         )
         await server.start()
         logger.info("the fleet's door is open on port %d", server.port)
-        noting = asyncio.create_task(keeper.note_seen())
+        chores = [asyncio.create_task(keeper.note_seen())]
+        chores.append(asyncio.create_task(keeper.watch_rounds()))
         await until.wait()
-        noting.cancel()
+        for chore in chores:
+            chore.cancel()
+        keeper.let_everybody_go()
         await server.stop()
         await upstream.close()
 
@@ -154,11 +158,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = read_config(options.config)
         os.environ.update(flower_environment(config))
+        _allow_many_connections()
         _run(until_told(lambda until: PARTS[options.part](config, until)))
     except Fedia3Error as error:
         logger.error("%s", error)
         return error.exit_code
     return 0
+
+
+def _allow_many_connections() -> None:
+    """Every device online keeps one or two open; the usual soft limit is 1024 files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import socket
 import ssl
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ MEDIA_TYPE = "application/protobuf"
 
 MAX_BODY = 8 << 20  # bytes of a request: Flower cuts arrays into objects of 5 MB
 MAX_ANSWER = 16 << 20  # bytes of a response: an app has at most 10 MB
-UPSTREAM_S = 25.0  # a node gives up after 30
+UPSTREAM_S = 25.0  # a node gives up after 30, and the fleet's door holds an idle poll for 20
 IDLE_S = 3.0  # before the SuperLink's 5: a connection must not be used as it is closed
 
 Headers = Mapping[str, str]
@@ -247,12 +247,15 @@ class Relay:
         request = Request(scope, receive)
         with contextlib.suppress(ClientDisconnect):
             answer = await self._answer(request)
+            if answer is None:
+                return
             # what is still unread of a refused body cannot stay in the connection
             close = {"connection": "close"} if answer.status == 413 else None
             response = Response(answer.body, answer.status, close, media_type=answer.media_type)
             await response(scope, receive, send)
 
-    async def _answer(self, request: Request) -> Answer:
+    async def _answer(self, request: Request) -> Answer | None:
+        """The answer; None for a caller who has gone."""
         operation = OPERATIONS.get(request.url.path)
         if operation is None or request.method != "POST":
             return refusal(404, "there is nothing here")
@@ -261,7 +264,7 @@ class Relay:
             return refusal(413, f"a call has at most {self._max_body} bytes")
         call = Call(operation, dict(request.headers), body)
         try:
-            return await self._judged(call)
+            return await _while_connected(request, self._judged(call))
         except BadInput as error:
             return refusal(400, str(error))
 
@@ -269,6 +272,20 @@ class Relay:
         if (answer := await self._judge.before(call)) is not None:
             return answer
         return await self._judge.after(call, await self._upstream.send(call))
+
+
+async def _while_connected(
+    request: Request, answering: Coroutine[Any, Any, Answer]
+) -> Answer | None:
+    """The answer, given up when its caller goes: a message fetched for nobody would be lost."""
+    answer = asyncio.ensure_future(answering)
+    gone = asyncio.ensure_future(request.receive())  # behind the body there is only one event
+    try:
+        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        gone.cancel()
+        answer.cancel()
 
 
 async def _body(request: Request, limit: int) -> bytes | None:

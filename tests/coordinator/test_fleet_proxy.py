@@ -60,6 +60,7 @@ class Door:
 
     directory: MemoryDirectory = field(default_factory=directory)
     limits: Limits = field(default_factory=Limits)
+    held_s: float = 0.0
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class Door:
             self.directory,
             APP,
             limits=self.limits,
+            held_s=self.held_s,
             now=self.clock,
             now_ms=lambda: round(self.clock.s * 1000),
         )
@@ -230,6 +232,95 @@ def test_an_open_round_means_nothing_behind_its_deadline() -> None:
     door = Door(clock=Clock(10.0))
     door.directory.open_round(opened(ANN, until_ms=10_000))
     assert door.status(poll()) == 200
+
+
+def request_in(round_num: int, until_ms: int) -> Answer:
+    """A poll's answer that holds the request of a round with this deadline."""
+    metadata = Metadata(group_id=str(round_num), created_at=0.0, ttl=until_ms / 1000)
+    messages = [Message(metadata=metadata)]
+    return Answer(body=PullMessagesResponse(messages_list=messages).SerializeToString())
+
+
+async def settled() -> None:
+    """Whatever can go on has gone on: the directory is read in threads."""
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+
+
+def test_a_held_poll_is_let_go_when_a_round_asks_its_device() -> None:
+    """
+    Ann's waits for nothing but the round; Bob's, whom it does not ask, waits on.
+    """
+    door = Door(held_s=600.0)
+
+    async def scenario() -> None:
+        anns = asyncio.create_task(door.keeper.before(poll(ANN)))
+        bobs = asyncio.create_task(door.keeper.before(poll(BOB)))
+        watching = asyncio.create_task(door.keeper.watch_rounds())
+        await settled()
+        assert not anns.done()
+        door.directory.open_round(opened(ANN))
+        door.clock.s += 1.0
+        assert await anns is None
+        assert not bobs.done()
+        bobs.cancel()
+        watching.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_device_that_has_its_request_is_held_until_the_next_round() -> None:
+    """
+    There is one request for it in a round; an earlier round's late one does not count.
+    """
+    door = Door(clock=Clock(1.0))
+    door.directory.open_round(opened(ANN, until_ms=10_000))
+
+    async def scenario() -> list[Answer | None]:
+        answers = []
+        for fetched in (request_in(1, 9_000), request_in(2, 10_000), request_in(1, 10_000)):
+            answers.append(await door.keeper.before(poll()))
+            await door.keeper.after(poll(), fetched)
+        return [*answers, await door.keeper.before(poll())]
+
+    *before, then = asyncio.run(scenario())
+    assert before == [None, None, None]
+    assert then is not None
+
+
+def test_a_newer_poll_takes_the_older_ones_place() -> None:
+    """
+    Whoever sent the older one is gone: it must not fetch what the newer one asks for.
+    """
+    door = Door(held_s=600.0)
+
+    async def scenario() -> None:
+        older = asyncio.create_task(door.keeper.before(poll()))
+        await settled()
+        newer = asyncio.create_task(door.keeper.before(poll()))
+        answer = await older
+        assert answer is not None
+        assert answer.status == 200
+        assert not newer.done()
+        newer.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_door_that_closes_holds_nobody() -> None:
+    """
+    Held polls are answered at once, and later ones are not held.
+    """
+    door = Door(held_s=600.0)
+
+    async def scenario() -> None:
+        held = asyncio.create_task(door.keeper.before(poll(ANN)))
+        await settled()
+        door.keeper.let_everybody_go()
+        assert await held is not None
+        assert await door.keeper.before(poll(BOB)) is not None
+
+    asyncio.run(scenario())
 
 
 def test_one_keys_flood_is_refused_and_costs_nobody_else() -> None:

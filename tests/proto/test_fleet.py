@@ -330,6 +330,46 @@ def test_a_key_that_is_not_base64_is_bad_input() -> None:
         assert call.key
 
 
+class Holds(LetThrough):
+    """Never answers, and knows when it was given up."""
+
+    def __init__(self) -> None:
+        self.began, self.given_up = asyncio.Event(), asyncio.Event()
+
+    async def before(self, call: Call) -> Answer | None:
+        self.began.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            self.given_up.set()
+        return None
+
+
+def test_a_call_is_given_up_when_its_caller_goes(certificate: Certificate) -> None:
+    """
+    Through two relays: what would be fetched for a node that is gone stays at the SuperLink.
+    """
+    twin = SuperLinkTwin()
+
+    async def scenario() -> None:
+        holds = Holds()
+        async with served(twin, certificate) as behind:
+            link = Upstream(f"127.0.0.1:{behind}", certificate.pem)
+            async with served(Relay(link, holds), certificate) as door:
+                way = Upstream(f"localhost:{door}", certificate.pem)
+                async with served(Relay(way, LetThrough()), certificate) as port:
+                    async with node(certificate, port) as client:
+                        poll = asyncio.create_task(client.post(PULL, content=POLL))
+                        await holds.began.wait()
+                        poll.cancel()
+                    await asyncio.wait_for(holds.given_up.wait(), 20)
+                await way.close()
+            await link.close()
+
+    asyncio.run(scenario())
+    assert twin.seen == []
+
+
 def test_a_taken_port_is_named(certificate: Certificate) -> None:
     """
     Two relays on one port: the second says which port and why.
