@@ -300,9 +300,11 @@ class Coordinator:
             NotFound: there is no global adapter yet, or it is another user's device.
         """
         whose = self._whose(user)
-        everyone, own = self._found(None), self._found(whose)
+        everyone = self._found(None)
+        own, silence = self._own(whose, everyone)
         local = self._local(own)
         notes = [found.fallback for found in (everyone, own) if found and found.fallback]
+        notes += [silence] if silence else []
         if everyone is None and local is None:
             raise NotFound(
                 f"{self.address} has no adapter for base model {self.base_digest[:12]} yet; it "
@@ -311,7 +313,7 @@ class Coordinator:
         served = Served(
             self._global(everyone),
             everyone.version if everyone else None,
-            fallback="; ".join(notes) or None,
+            fallback="; ".join(dict.fromkeys(notes)) or None,
         )
         if local is not None:
             kept, part = local
@@ -473,6 +475,21 @@ class Coordinator:
             return self.fetch(user)
         except NotFound:
             return None
+
+    def _own(self, whose: str, everyone: Fetched | None) -> tuple[Fetched | None, str | None]:
+        """The user's part; where it was not asked for and none is kept, why it may be missing.
+
+        A coordinator that was no help with everyone's adapter is not waited for a second time.
+        """
+        try:
+            if everyone is None or everyone.fallback is None:
+                return self._found(whose), None
+            silence = everyone.fallback
+        except Unreachable as error:
+            silence = str(error)
+        good = self._kept(whose)
+        kept = Fetched(good.version, good.data, fallback=silence) if good else None
+        return kept, silence
 
     def _global(self, everyone: Fetched | None) -> Adapter:
         if everyone is None:

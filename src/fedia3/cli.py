@@ -37,6 +37,7 @@ adapter, option) · 4 not found · 5 conflict · 6 stored bytes are corrupt · 7
 8 too few usable replies for a round · 9 the disk refused · 10 not allowed · 11 the coordinator
 does not answer.
 """
+ANSWER_S = 10.0  # a coordinator that starts anew is back by then
 app = typer.Typer(
     name="fedia3",
     help="Federated on-device personalization: everyone gets their own language model, nobody's "
@@ -411,15 +412,14 @@ def _source(
     from fedia3.client.coordinator import Coordinator  # noqa: PLC0415  # as above
 
     if coordinator is None:
-        return Coordinator.from_state(state)
+        return Coordinator.from_state(state, timeout_s=ANSWER_S)
     if token_file is None:
         raise BadSetting(
             "--coordinator takes a service's token in --token-file; the operator makes one with "
             "`fedia3 coordinator service-token`"
         )
-    return Coordinator(
-        coordinator, ca=_read(ca, "--ca"), token=_read(token_file, "--token-file").decode().strip()
-    )
+    token = _read(token_file, "--token-file").decode().strip()
+    return Coordinator(coordinator, ca=_read(ca, "--ca"), token=token, timeout_s=ANSWER_S)
 
 
 def _read(path: Path, option: str) -> bytes:
