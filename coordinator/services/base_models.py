@@ -10,6 +10,8 @@ from fedia3.errors import BadInput, Corrupt, NotFound, OutOfRange
 from fedia3.proto import base_models_pb2 as pb
 from fedia3.proto.contract import PIECE
 
+_DATA_TAG = bytes([pb.FilePiece.DATA_FIELD_NUMBER << 3 | 2])  # 2: bytes behind their length
+
 
 class BaseModelsService:
     """Hands base models out; nothing here changes anything."""
@@ -34,7 +36,7 @@ class BaseModelsService:
             key=self._signer.public_key,
         )
 
-    def read_file(self, request: pb.ReadFileRequest, _caller: Caller) -> Iterator[pb.FilePiece]:
+    def read_file(self, request: pb.ReadFileRequest, _caller: Caller) -> Iterator[bytes]:
         """A file's bytes from an offset to its end, in pieces that end at multiples of 1 MiB."""
         base = self._manifests.find(request.digest)
         entry = base.files.get(request.path)
@@ -57,8 +59,8 @@ class BaseModelsService:
         return self._manifests.named(request.name) if request.name else self._manifests.trained
 
 
-def read_pieces(path: Path, offset: int, size: int) -> Iterator[pb.FilePiece]:
-    """A file's bytes from ``offset`` to ``size``, cut at multiples of 1 MiB.
+def read_pieces(path: Path, offset: int, size: int) -> Iterator[bytes]:
+    """A file's bytes from ``offset`` to ``size``, cut at multiples of 1 MiB, as FilePieces.
 
     Raises:
         Corrupt: the file is shorter than its manifest says, or gone.
@@ -73,7 +75,25 @@ def read_pieces(path: Path, offset: int, size: int) -> Iterator[pb.FilePiece]:
             data = os.pread(descriptor, wanted, offset)
             if len(data) < wanted:
                 raise Corrupt(f"{path.name} ends at {offset + len(data)} bytes, expected {size}")
-            yield pb.FilePiece(offset=offset, data=data)
+            yield piece_bytes(offset, data)
             offset += wanted
     finally:
         os.close(descriptor)
+
+
+def piece_bytes(offset: int, data: bytes) -> bytes:
+    """A FilePiece as it is sent.
+
+    Put together by hand: for 1 MiB protobuf's encoder takes 3 ms, a hundred times as long.
+    """
+    head = pb.FilePiece(offset=offset).SerializeToString()
+    return head + _DATA_TAG + _varint(len(data)) + data if data else head
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the high bit says that more follow."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])

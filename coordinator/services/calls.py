@@ -15,7 +15,7 @@ Clock = Callable[[], int]  # ms since 1970
 
 # The request's own class stands in each handler's signature; a table of them cannot say it.
 Unary = Callable[[Any, "Caller"], Message]
-Streamed = Callable[[Any, "Caller"], Iterator[Message]]
+Streamed = Callable[[Any, "Caller"], Iterator[bytes]]  # each the bytes of one message
 Handlers = Mapping[str, Unary | Streamed]  # by the method's path
 
 

@@ -118,7 +118,7 @@ class Rpcs:
     async def _send(self, call: Call, request: Message, caller: Caller, context: _Context) -> None:
         handler = cast(Streamed, self._handlers[call.method.path])
         answers = await self._in_thread(self._reads, handler, request, caller)
-        async with contextlib.aclosing(self._serialized(answers)) as pieces:
+        async with contextlib.aclosing(self._ahead(answers)) as pieces:
             async for piece in pieces:
                 try:
                     async with asyncio.timeout(STALL_S):
@@ -126,13 +126,13 @@ class Rpcs:
                 except TimeoutError as error:
                     raise Unreachable(f"the caller took nothing for {STALL_S:.0f} s") from error
 
-    async def _serialized(self, answers: Iterator[Message]) -> AsyncGenerator[bytes]:
-        """The answers' bytes; the next one is read while this one is sent."""
-        ahead = self._in_thread(self._reads, _next, answers)
+    async def _ahead(self, answers: Iterator[bytes]) -> AsyncGenerator[bytes]:
+        """The answers; the next one is read while this one is sent."""
+        ahead = self._in_thread(self._reads, next, answers, None)
         try:
             # Shielded: a thread cannot be stopped, and whoever closes has to know when it is done.
             while (piece := await asyncio.shield(ahead)) is not None:
-                ahead = self._in_thread(self._reads, _next, answers)
+                ahead = self._in_thread(self._reads, next, answers, None)
                 yield piece
         finally:
             ahead.add_done_callback(lambda done: _close(done, answers))
@@ -202,12 +202,7 @@ def _parsed(call: Call) -> Message:
         ) from error
 
 
-def _next(answers: Iterator[Message]) -> bytes | None:
-    answer = next(answers, None)
-    return None if answer is None else answer.SerializeToString()
-
-
-def _close(done: "asyncio.Future[bytes | None]", answers: Iterator[Message]) -> None:
+def _close(done: "asyncio.Future[bytes | None]", answers: Iterator[bytes]) -> None:
     if not done.cancelled():
         done.exception()  # seen, so that nobody warns of it
     if hasattr(answers, "close"):

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -166,27 +165,6 @@ class Service:
             else:
                 log.info("Flower knows the %d enrolled devices", told)
                 return
-
-
-async def serve(service: Service, started: Callable[[int], None]) -> None:
-    """Run until SIGTERM or SIGINT, then drain; ``started`` is told the port."""
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    started(await service.start())
-    await stopped.wait()
-    log.info("draining: calls under way have %.0f s", GRACE_S)
-    await service.stop()
-
-
-def run(service: Service, started: Callable[[int], None]) -> None:
-    """:func:`serve` in this process, on uvloop where that is installed."""
-    try:
-        import uvloop  # noqa: PLC0415 optional
-    except ImportError:
-        asyncio.run(serve(service, started))
-    else:
-        uvloop.run(serve(service, started))
 
 
 def _handlers(

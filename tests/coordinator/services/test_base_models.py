@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedia3.adapters.base_store import BaseStore
 from fedia3.adapters.manifest import Manifest, read_manifest
 from fedia3.coordinator.manifests import Manifests
-from fedia3.coordinator.services.base_models import read_pieces
+from fedia3.coordinator.services.base_models import piece_bytes, read_pieces
 from fedia3.errors import BadInput, BadToken, Corrupt, NotFound, OutOfRange
 from fedia3.proto import base_models_pb2 as pb
 from fedia3.proto.contract import PIECE
@@ -167,6 +167,17 @@ def test_a_file_that_is_gone_is_told(service: RunningService, anna, tmp_path: Pa
     with pytest.raises(Corrupt) as refused:
         pieces(anna, service, path="config.json")
     assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize("offset", [0, 1, PIECE, 2**62])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_384, PIECE])
+def test_a_piece_is_put_together_as_protobuf_would(offset: int, size: int) -> None:
+    """
+    Byte for byte.
+    """
+    data = os.urandom(size)
+    expected = pb.FilePiece(offset=offset, data=data).SerializeToString()
+    assert piece_bytes(offset, data) == expected
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """The wire: TLS, limits, health, faults, and how a server ends."""
 
 import gzip
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -449,35 +446,3 @@ def test_what_the_rules_say_is_told(service: RunningService) -> None:
     """
     for error in (Conflict("this key names other bytes"), TooManyCalls("wait", 1.0), BadToken("x")):
         assert visible(error) is error
-
-
-@pytest.mark.slow
-def test_sigterm_ends_the_process_in_order(tmp_path: Path) -> None:
-    """
-    A service in a process of its own tells its port, and leaves with 0 when it is asked to.
-    """
-    code = f"""
-import sys
-from pathlib import Path
-from fedia3 import testing_service as t
-from fedia3.coordinator.registry import Registry
-from fedia3.coordinator.services import server
-from fedia3.coordinator.stores.memory_directory import MemoryDirectory
-folder = Path({str(tmp_path)!r})
-settings = t._settings(folder, t.paper_base(folder / "paper"))
-service = server.Service(settings, Registry.in_memory(), MemoryDirectory(), t.MemoryRegistrar())
-server.run(service, lambda port: print(port, flush=True))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
-        credentials = grpc.ssl_channel_credentials((tmp_path / "ca.pem").read_bytes())
-        with grpc.secure_channel(f"localhost:{port}", credentials) as opened:
-            stub = health_pb2_grpc.HealthStub(opened)
-            assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
-    finally:
-        process.kill()
-        process.communicate()
