@@ -89,7 +89,7 @@ class Rpcs:
         async def answer(body: bytes, context: _Context) -> bytes:
             call = _call(method, body, context)
             try:
-                data: bytes = await self._in_thread(self._calls, self._answer, call)
+                data: bytes = await self._in_thread(self._calls, self.answer, call)
             except Exception as error:
                 await self._refuse(call, context, error)
             context.set_trailing_metadata(self._our_time())
@@ -110,7 +110,8 @@ class Rpcs:
 
         return grpc.unary_stream_rpc_method_handler(cast(Any, answer))  # as above
 
-    def _answer(self, call: Call) -> bytes:
+    def answer(self, call: Call) -> bytes:
+        """The answer to a unary call, once it was let in; errors are the code's own."""
         caller, request = self._let_in(call)
         handler = cast(Unary, self._handlers[call.method.path])
         return handler(request, caller).SerializeToString()

@@ -440,6 +440,30 @@ def test_a_directory_survives_reopening(tmp_path: Path) -> None:
     again.close()
 
 
+def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+    """
+    Two directories on one file, as the service and the proxy have them: what one shuts out the
+    other does not know any more, and of two uses of one nonce one passes.
+    """
+    one, other = open_directory(tmp_path), open_directory(tmp_path)
+    first = enrolled(one)
+    assert other.principal(token().sha256, NOW).name == first.device_id
+
+    def use(number: int) -> bool:
+        try:
+            (one, other)[number % 2].use_nonce("phone", b"n" * 16, LATER, NOW)
+        except Replayed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(use, range(8))) == 1
+    one.revoke(first.device_id, NOW)
+    assert other.enrolled() == ()
+    one.close()
+    other.close()
+
+
 def test_a_directory_in_a_file_is_refused(tmp_path: Path) -> None:
     """
     The error says to choose a folder.

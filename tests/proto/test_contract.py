@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
+from fedia3.coordinator.access import Access, Call
+from fedia3.coordinator.last_seen import LastSeen
 from fedia3.coordinator.services.rpcs import Rpcs
+from fedia3.coordinator.stores.memory_directory import MemoryDirectory
+from fedia3.errors import NotAllowed
 from fedia3.proto import rules_pb2
 from fedia3.proto.contract import FILES, METHODS, Method
 from fedia3.proto.rules_pb2 import Scope
 from fedia3.proto.signing import enrolment_bytes, normal_code, request_bytes, signed_bytes
-from fedia3.testing_service import RunningService, running_service
+from fedia3.testing_service import NO_LIMITS, RunningService, running_service
 
 ROOT = Path(__file__).parents[2]
 PROTO = ROOT / "proto"
@@ -136,6 +141,25 @@ def test_a_service_without_code_for_a_method_does_not_start(tmp_path: Path) -> N
     handlers.popitem()
     with pytest.raises(AssertionError, match="no code"):
         Rpcs(handlers, access=None, last_seen=None, now_ms=lambda: 0)  # type: ignore[arg-type]  # unused
+
+
+def test_a_method_without_a_rule_runs_no_code() -> None:
+    """
+    A method that somebody forgot to give a rule is refused by the server, whoever calls.
+    """
+    ran: list[bytes] = []
+    forgotten = Method("/fedia3.v1.New/Call", Empty, Empty, False, frozenset(), 0, False)
+    directory = MemoryDirectory()
+    rpcs = Rpcs(
+        {forgotten.path: lambda request, caller: ran.append(request)},
+        Access(directory, NO_LIMITS, lambda: 0, lambda: 0.0),
+        LastSeen(directory, lambda: 0),
+        lambda: 0,
+        {forgotten.path: forgotten},
+    )
+    with pytest.raises(NotAllowed, match="no rule"):
+        rpcs.answer(Call(forgotten, b"", (), 1.0, "ipv4:127.0.0.1:1"))
+    assert ran == []
 
 
 def test_every_enum_begins_with_unspecified(described: list[FileDescriptorProto]) -> None:

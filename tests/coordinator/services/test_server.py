@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from fedia3.coordinator.certificates import make_authority
+from fedia3.coordinator.services import rpcs
 from fedia3.coordinator.services.rpcs import MAX_STREAMS_OF_ONE, visible
 from fedia3.errors import (
     BadSetting,
@@ -29,9 +30,10 @@ from fedia3.errors import (
     Unreachable,
 )
 from fedia3.proto import adapters_pb2, admin_pb2, base_models_pb2
+from fedia3.proto.caller import Caller
 from fedia3.proto.contract import MAX_MESSAGE, MAX_METADATA, METHODS
 from fedia3.proto.signing import TIME_HEADER, TOKEN_HEADER
-from fedia3.testing_service import EnrolledDevice, RunningService, running_service
+from fedia3.testing_service import EnrolledDevice, RunningService, paper_base, running_service
 
 STATUS = "/fedia3.v1.Admin/Status"
 FETCH = "/fedia3.v1.Adapters/Fetch"
@@ -110,8 +112,6 @@ def test_a_caller_whose_clock_is_wrong_is_heard(service: RunningService, clock) 
     """
     An hour ahead or behind it learns the time from the first refusal, and signs anew.
     """
-    from fedia3.proto.caller import Caller  # noqa: PLC0415  # the other half, only here
-
     for off_ms in (3_600_000, -3_600_000):
         with Caller(
             service.address,
@@ -290,8 +290,6 @@ def test_one_device_has_so_many_downloads(tmp_path: Path) -> None:
     Eight that stand still are enough; the ninth is told to come again, until one ends. Another
     device is not held up.
     """
-    from fedia3.testing_service import paper_base  # noqa: PLC0415  # a large one, only here
-
     base = paper_base(tmp_path / "large", size=20_000_000)
     with (
         running_service(tmp_path / "service", base=base, in_memory=True) as service,
@@ -312,6 +310,28 @@ def test_one_device_has_so_many_downloads(tmp_path: Path) -> None:
         assert len(held) == MAX_STREAMS_OF_ONE
         for stream in held:
             stream.cancel()
+
+
+def test_a_caller_that_takes_nothing_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Its file is closed and its place is free; what it finds when it comes back is a broken stream.
+    """
+    monkeypatch.setattr(rpcs, "STALL_S", 0.1)
+    base = paper_base(tmp_path / "large", size=20_000_000)
+    with (
+        running_service(tmp_path / "service", base=base, in_memory=True) as service,
+        channel(service) as opened,
+    ):
+        stream = stalled(opened, service, service.enrol("anna"))
+        for _ in range(500):
+            if not service.service._rpcs._streams:
+                break
+            time.sleep(0.02)
+        assert not service.service._rpcs._streams
+        code, why = refused(lambda: list(stream))
+    assert (code, why) == (grpc.StatusCode.UNAVAILABLE, "REASON_UNAVAILABLE")
 
 
 def test_health_is_told_for_every_service(service: RunningService) -> None:
@@ -381,8 +401,6 @@ def test_a_caller_that_takes_nothing_does_not_hold_the_end_up(tmp_path: Path) ->
     """
     A stalled download ends when the grace is over.
     """
-    from fedia3.testing_service import paper_base  # noqa: PLC0415  # as above
-
     base = paper_base(tmp_path / "large", size=20_000_000)
     with running_service(tmp_path / "service", base=base, in_memory=True, grace_s=0.2) as service:
         opened = channel(service)
