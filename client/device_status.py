@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from fedia3.client.device import write_private
-from fedia3.errors import Corrupt
+from fedia3.errors import Corrupt, StorageFailed
 
 ALONE = "learning on this device alone"
 SAME_START_S = 0.05  # two readings of one process's start differ by clock ticks at most
@@ -114,6 +114,20 @@ class DeviceStatus:
     def to_json(self) -> bytes:
         """As its file holds it."""
         return json.dumps({"line": self.line, **asdict(self)}, indent=1).encode()
+
+    def write(self, path: Path) -> None:
+        """Replace the file at once; a power cut may lose it, for it is written often.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        aside = path.with_name(f".{path.name}.new")
+        try:
+            aside.write_bytes(self.to_json())
+            aside.chmod(0o600)
+            aside.replace(path)
+        except OSError as error:
+            raise StorageFailed(f"cannot write {path} ({error.strerror}); make room") from error
 
     @classmethod
     def read(cls, path: Path) -> "DeviceStatus | None":

@@ -19,7 +19,7 @@ from fedia3.client.gateway import Gatekeeper, Gateway
 from fedia3.client.trainer_socket import SOCKET_VARIABLE
 from fedia3.processes import Backoff, Part, PartStatus, Supervisor
 
-AFTER_DEATH = Backoff(first_s=15.0, longest_s=120.0)  # until the old heartbeat's end it is refused
+AFTER_DEATH = Backoff(first_s=15.0, longest_s=30.0)  # until the old heartbeat's end it is refused
 WAKE = signal.SIGURG  # an executor that is not ready for it ignores it
 
 

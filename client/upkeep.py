@@ -84,8 +84,9 @@ class Upkeep:
             except Unreachable as error:
                 self._missed(error)
             except NotAllowed as error:
+                if self.shut_out is None:
+                    logger.warning("shut out: %s", error)
                 self.silent_since_ms, self.shut_out = None, str(error)
-                logger.warning("shut out: %s", error)
             except BytesSpent:
                 logger.info("the download goes on tomorrow: today's bytes are spent")
 
