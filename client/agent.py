@@ -69,6 +69,7 @@ class AgentSettings:
         default_factory=lambda: TrainingPlan(learning_rate=3e-2, epochs=6, patience=2)
     )
     seed: int = 0
+    trainer_program: tuple[str, ...] = TRAINER  # what answers on the trainer's socket
 
     def trainer(self, base: Path, socket: Path) -> TrainerSettings:
         """What the trainer is started with."""
@@ -149,7 +150,9 @@ class Agent:
 
     def _open(self) -> None:
         threads = self.settings.trainer(Path(), Path()).threads
-        self._trainer = Resident(self.folder, self.settings.trainer, threads)
+        self._trainer = Resident(
+            self.folder, self.settings.trainer, threads, self.settings.trainer_program
+        )
         self._bytes = DayBytes(self.folder.path / "bytes.json")
         self._met_ms = Control.read(self.folder.control_file).personalize_asked_ms
         self._keeper = Gatekeeper(

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,13 +49,21 @@ class LocalBase:
 
 MakeSettings = Callable[[Path, Path], TrainerSettings]  # from the base's folder and the socket
 
+TRAINER = (sys.executable, "-m", "fedia3.client.trainer_process")
+
 logger = logging.getLogger(__name__)
 
 
 class Resident:
     """The one trainer of a state folder."""
 
-    def __init__(self, folder: DeviceFolder, make_settings: MakeSettings, threads: int) -> None:
+    def __init__(
+        self,
+        folder: DeviceFolder,
+        make_settings: MakeSettings,
+        threads: int,
+        program: Sequence[str] = TRAINER,
+    ) -> None:
         self.base: LocalBase | None = None
         self.status: TrainerStatus | None = None  # None: it is not there, or loading
         self.last: TrainerStatus | None = None  # what it said last
@@ -65,7 +73,7 @@ class Resident:
         self._settings_file = folder.path / "trainer.json"
         part = Part(
             "trainer",
-            (sys.executable, "-m", "fedia3.client.trainer_process", str(self._settings_file)),
+            (*program, str(self._settings_file)),
             folder.logs / "trainer.log",
             {**SMALL, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
             self._is_ready,
