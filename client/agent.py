@@ -30,7 +30,7 @@ from fedia3.client.device_status import Control, Coordinator, DeviceStatus
 from fedia3.client.gateway import Gatekeeper
 from fedia3.client.node import Node
 from fedia3.client.personal_store import Judged, KeptPart, PersonalStore, Shared
-from fedia3.client.resident import LocalBase, Resident
+from fedia3.client.resident import TRAINER, LocalBase, Resident
 from fedia3.client.splits import SplitPlan
 from fedia3.client.trainer_settings import TrainerSettings
 from fedia3.client.trainer_socket import OwnPart
