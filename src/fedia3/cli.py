@@ -416,7 +416,7 @@ def _source(
     if token_file is None:
         raise BadSetting(
             "--coordinator takes a service's token in --token-file; the operator makes one with "
-            "`fedia3 coordinator service-token`"
+            "`fedia3 coordinator token`"
         )
     token = _read(token_file, "--token-file").decode().strip()
     return Coordinator(coordinator, ca=_read(ca, "--ca"), token=token, timeout_s=ANSWER_S)

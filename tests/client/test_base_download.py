@@ -1,5 +1,6 @@
 """Base models through cuts, crashes, full disks and a coordinator at fault."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -337,3 +338,20 @@ def test_a_killed_download_goes_on_in_another_process(
     assert kills == 4
     assert proxy.to_client.count < (SIZE + kills * 2 * MIB) * OVERHEAD
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_cuts_cost_a_large_base_little(tmp_path: Path):
+    """
+    The benchmark, small: five downloads of 100 MB, each cut once at a random byte, are right, and
+    on average no more than 2 % is sent again.
+    """
+    script, facts = Path(__file__).parents[2] / "benchmarks/base_download.py", tmp_path / "facts"
+    subprocess.run(
+        [sys.executable, script, "--repeats", "0", "--cuts", "5", "--json", facts],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    told = json.loads(facts.read_text())
+    assert (told["cut"]["right"], told["both"]["right"]) == (5, 2)
+    assert told["cut"]["sent_again_mean"] <= 0.02
+    assert told["both"]["crossed"] < OVERHEAD
