@@ -45,7 +45,12 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 def channel(service: RunningService, ca: bytes | None = None) -> Iterator[grpc.Channel]:
     """A connection without limits of its own."""
     credentials = grpc.ssl_channel_credentials(ca or service.ca)
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_metadata_size", 1 << 20)]
+    options = [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_metadata_size", 1 << 20),
+        ("grpc.http2.bdp_probe", 0),  # or the window grows until a whole file fits it
+        ("grpc.http2.lookahead_bytes", 1 << 16),
+    ]
     with grpc.secure_channel(service.address, credentials, options=options) as opened:
         yield opened
 
