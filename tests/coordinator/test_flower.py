@@ -1,5 +1,6 @@
 from io import BytesIO
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import (
@@ -17,7 +18,14 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from fedia3.adapters.update import TrainingPlan, TrainRequest
 from fedia3.client.flower import read_request
-from fedia3.coordinator.flower import FlowerFleet, nodes_by_client, request_message
+from fedia3.coordinator import flower
+from fedia3.coordinator.directory import Device
+from fedia3.coordinator.flower import (
+    FlowerFleet,
+    enrolled,
+    nodes_by_client,
+    request_message,
+)
 from fedia3.coordinator.gate import Reply
 from fedia3.errors import BadSetting
 from fedia3.simulations.grid import LocalGrid
@@ -194,3 +202,78 @@ def test_a_reply_is_its_requests_whoever_sends_it():
     fleet.population()
     replies = fleet.ask([request("bob"), request("alice")], None)
     assert [r.client for r in replies] == ["bob", "alice"]
+
+
+class AwayGrid(LocalGrid):
+    """Its SuperLink is away for the first two polls."""
+
+    away = 2
+
+    def pull_messages(self, message_ids):
+        if self.away:
+            self.away -= 1
+            raise httpx.ConnectError("refused")
+        return super().pull_messages(message_ids)
+
+
+def test_a_superlink_that_is_away_for_a_while_costs_no_reply(monkeypatch):
+    """
+    Lost polls are asked again until the deadline.
+    """
+    monkeypatch.setattr(flower, "WORKS_AGAIN_S", 0.0)
+    fleet = FlowerFleet(AwayGrid(answering(content()), ["alice"]))
+    fleet.population()
+    (reply,) = fleet.ask([request()], deadline_s=60)
+    assert reply.num_examples == 5
+
+
+def test_a_superlink_that_stays_away_costs_the_round_no_more_than_its_deadline(monkeypatch):
+    """
+    Nobody's reply came, and the round is over.
+    """
+    monkeypatch.setattr(flower, "WORKS_AGAIN_S", 0.0)
+    grid = AwayGrid(answering(content()), ["alice"])
+    grid.away = 10**9
+    fleet = FlowerFleet(grid)
+    fleet.population()
+    assert list(fleet.ask([request()], deadline_s=0.05)) == []
+
+
+def test_the_round_is_opened_once_its_requests_are_sent():
+    """
+    Not before, when a device would find nothing, and not after its reply.
+    """
+    seen = []
+
+    class Told(LocalGrid):
+        def push_messages(self, messages):
+            seen.append("pushed")
+            return super().push_messages(messages)
+
+        def pull_messages(self, message_ids):
+            seen.append("pulled")
+            return super().pull_messages(message_ids)
+
+    grid = Told(answering(content()), ["alice"])
+    fleet = FlowerFleet(grid, sent=lambda: seen.append("sent"))
+    fleet.population()
+    assert len(list(fleet.ask([request()], None))) == 1
+    assert seen == ["pushed", "sent", "pulled"]
+
+
+def device(name: str, key: bytes) -> Device:
+    """An enrolled device."""
+    return Device(name, "ann", "laptop", key.ljust(32, b"."), key, enrolled_ms=0)
+
+
+def test_only_enrolled_devices_with_their_own_keys_take_part():
+    """
+    A node that has a device's name and another key is nobody, and so is an unknown one.
+    """
+    nodes = [
+        NodeInfo(node_id=7, name="ann", public_key=b"ann's"),
+        NodeInfo(node_id=8, name="bob", public_key=b"mallory's"),
+        NodeInfo(node_id=9, name="eve", public_key=b"eve's"),
+    ]
+    devices = [device("ann", b"ann's"), device("bob", b"bob's")]
+    assert enrolled(nodes, devices) == {"ann": 7}
