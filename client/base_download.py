@@ -34,6 +34,7 @@ from fedia3.proto.base_models_pb2 import FilePiece, ReadFileRequest
 from fedia3.proto.caller import LONGEST_PAUSE_S, STALL_S, Caller
 
 AHEAD = 4  # chunks in memory between the network and the disk
+LOCK_EVERY_S = 0.1  # asked for so often while another process has it
 PATIENCE_S = 120.0  # without a single new chunk
 
 Progress = Callable[[int, int], None]  # bytes that count so far, bytes in all
@@ -68,7 +69,7 @@ class BaseDownload:
         if found := _whole(self.store, manifest):
             return found
         bases = self.store.writable_folder()
-        with _alone(bases / f".{manifest.digest}.lock"):
+        with _alone(bases / f".{manifest.digest}.lock", self.caller):
             return _whole(self.store, manifest) or self._fetched(manifest, bases)
 
     def _fetched(self, manifest: Manifest, bases: Path) -> BaseEntry:
@@ -134,7 +135,8 @@ class BaseDownload:
         if time.monotonic() + pause_s - seen > self.patience_s:
             raise error
         logger.info("the download is cut (%s); it goes on in %.1f s", error, pause_s)
-        time.sleep(pause_s)
+        if self.caller.wait(pause_s):
+            raise error
 
 
 class _Unfinished:
@@ -250,19 +252,28 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(lock: Path, caller: Caller) -> Iterator[None]:
     """One process at a time; the file is gone afterwards."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_still(lock, descriptor):
+        if _is_taken(descriptor) and _is_still(lock, descriptor):
             break
-        os.close(descriptor)  # whoever had it deleted it: it locks nothing any more
+        os.close(descriptor)  # somebody else has it, or had it and deleted it
+        if caller.wait(LOCK_EVERY_S):
+            raise Unreachable("stopped while another process fetches the base model")
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _is_taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

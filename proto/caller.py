@@ -114,6 +114,10 @@ class Caller:
         self._closed.set()
         self._channel.close()
 
+    def wait(self, pause_s: float) -> bool:
+        """Rest so long, at most until the caller is closed; whether it is."""
+        return self._closed.wait(pause_s)
+
     def show(self, token: str) -> None:
         """Use another token from now on."""
         with self._lock:
@@ -181,28 +185,30 @@ class Caller:
                 if not _may_repeat(method, error) or time.monotonic() + pause_s >= end:
                     raise
                 tries += 1
-                if self._closed.wait(pause_s):
+                if self.wait(pause_s):
                     raise
 
     def _tried(self, method: Method, body: bytes, left_s: float) -> bytes:
         deadline_s = max(0.001, min(left_s, self._longest_s(method)))
-        invoke = self._prepared(self._channel.unary_unary, method)
         try:
-            data: bytes = invoke(body, timeout=deadline_s, metadata=self._metadata(method, body))
+            data: bytes = self._sent(self._channel.unary_unary, method, body, deadline_s)
         except grpc.RpcError as error:
             raise self._translated(error) from error
         return data
 
     def _opened_stream(self, method: Method, body: bytes, timeout_s: float) -> Any:
-        invoke = self._prepared(self._channel.unary_stream, method)
         deadline_s = min(timeout_s, self._longest_s(method))
-        return invoke(body, timeout=deadline_s, metadata=self._metadata(method, body))
+        return self._sent(self._channel.unary_stream, method, body, deadline_s)
 
-    def _prepared(self, kind: Any, method: Method) -> Any:
-        """The channel's callable for bytes as they are: what is signed is what is sent."""
-        if self._closed.is_set():
-            raise Unreachable(f"the connection to {self.address} was closed")
-        return kind(method.path)
+    def _sent(self, kind: Any, method: Method, body: bytes, deadline_s: float) -> Any:
+        """The bytes as they are, without a serializer: what is signed is what is sent."""
+        metadata = self._metadata(method, body)
+        try:
+            return kind(method.path)(body, timeout=deadline_s, metadata=metadata)
+        except ValueError as error:
+            if not self._closed.is_set():
+                raise
+            raise Unreachable(f"the connection to {self.address} was closed") from error
 
     def _longest_s(self, method: Method) -> float:
         return RULE_SHARE * float(method.max_deadline_s)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from fcntl import LOCK_EX, flock
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 
@@ -202,6 +204,28 @@ def test_without_a_network_what_came_is_kept(
     proxy.refuses, before = False, proxy.to_client.count
     verify(fetch(caller, store, service.manifest).path, service.manifest)
     assert proxy.to_client.count - before < (SIZE - kept) * OVERHEAD + MIB // 10
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_a_closed_caller_ends_a_download(
+    service: RunningService,
+    proxy: CuttingProxy,
+    caller: Caller,
+    store: BaseStore,
+    tmp_path: Path,
+    is_locked: bool,
+):
+    """
+    Whether it waits for the network or for another process: who hangs up is let go at once.
+    """
+    proxy.refuses = True
+    Timer(0.3, caller.close).start()
+    with ExitStack() as stack:
+        if is_locked:
+            lock = store.writable_folder() / f".{service.manifest.digest}.lock"
+            flock(stack.enter_context(lock.open("w")), LOCK_EX)
+        with pytest.raises(Unreachable):
+            fetch(caller, store, service.manifest, patience_s=3600)
 
 
 def test_two_downloaders_fetch_once(
