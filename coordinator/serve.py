@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from fedia3.adapters.base_store import BaseStore
 from fedia3.coordinator.campaign import noted_process
+from fedia3.coordinator.certificates import ends_at
 from fedia3.coordinator.config import CoordinatorConfig
 from fedia3.coordinator.directory import Directory, open_directory
 from fedia3.coordinator.parts import until_told
@@ -28,7 +29,7 @@ from fedia3.coordinator.superlink import (
     superexec_command,
     superlink_command,
 )
-from fedia3.errors import Conflict
+from fedia3.errors import Conflict, Fedia3Error
 from fedia3.processes import Backoff, Part, Supervisor
 from fedia3.proto.app import thin_app
 
@@ -95,7 +96,8 @@ async def _answers(bind: str, port: int) -> bool:
 
 async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
     config.drain_file.unlink(missing_ok=True)
-    renew_certificate(config, datetime.now(UTC))
+    Registry.open(config.registry).close()  # an older database is migrated once, not by each part
+    _renewed(config)
     supervisor = Supervisor(parts_of(config), config.parts_file, logger)
     supervisor.end_leftovers()
     _require_free_ports(config)
@@ -163,11 +165,26 @@ async def _renew(config: CoordinatorConfig, supervisor: Supervisor) -> None:
     """Renew the certificate when it is due, and have the parts that show it read it again."""
     while True:
         await asyncio.sleep(RENEWED_EVERY_S)
-        if renew_certificate(config, datetime.now(UTC)):
-            logger.info("the servers' certificate was due and is renewed")
+        if _renewed(config):
             for name in SHOWS_CERTIFICATE:
                 await supervisor.stop_part(name)
                 supervisor.start_part(name)
+
+
+def _renewed(config: CoordinatorConfig) -> bool:
+    """Whether the certificate was due and could be renewed; one that still holds goes on."""
+    try:
+        is_new = renew_certificate(config, datetime.now(UTC))
+    except Fedia3Error as error:
+        logger.warning("%s; it still holds until %s", error, _ends(config))
+        return False
+    if is_new:
+        logger.info("the servers' certificate was due: the new one ends %s", _ends(config))
+    return is_new
+
+
+def _ends(config: CoordinatorConfig) -> str:
+    return f"{ends_at(config.certificate.read_bytes()):%Y-%m-%d}"
 
 
 def _require_free_ports(config: CoordinatorConfig) -> None:
