@@ -6,6 +6,7 @@ the last committed round.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -21,7 +22,7 @@ from fedia3.coordinator.directory import Directory, RoundControl
 from fedia3.coordinator.records import RoundRecord
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.superlink import Node, Run
-from fedia3.errors import Fedia3Error, NotFound, Unreachable
+from fedia3.errors import Fedia3Error, NotFound, StorageFailed, Unreachable
 from fedia3.proto.app import App
 
 LOOK_EVERY_S = 1.0
@@ -195,6 +196,8 @@ class Scheduler:
                 self._tell(f"the SuperLink is away: {error}")
             except Fedia3Error as error:
                 self._tell(f"cannot schedule: {error}")
+            except Exception:  # a fault of ours must not end the rounds either
+                self._log.exception("cannot schedule")
             await _until_or(until, LOOK_EVERY_S)
 
     def end_old_runs(self) -> None:
@@ -280,7 +283,8 @@ class Scheduler:
 
     def _tell(self, reason: str) -> None:
         """Keep the reason where the service finds it; log it where it is another one."""
-        write_waiting(self._config.schedule_file, reason)
+        with contextlib.suppress(StorageFailed):  # a full disk must not end the schedule
+            write_waiting(self._config.schedule_file, reason)
         kind = "".join(c for c in reason if not c.isdigit())
         if kind and kind != self._told:
             self._log.info("waiting: %s", reason)

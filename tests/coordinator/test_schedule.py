@@ -270,3 +270,14 @@ def test_a_process_is_told_from_a_later_one_with_its_pid() -> None:
     here = psutil.Process()
     assert ServerAppProcess(1, os.getpid(), here.create_time()).is_alive
     assert not ServerAppProcess(1, os.getpid(), here.create_time() - 100).is_alive
+
+
+def test_a_disk_that_refuses_does_not_end_the_schedule(tmp_path: Path) -> None:
+    """
+    Why nothing happens cannot be noted, and rounds are started all the same.
+    """
+    stage = Stage(tmp_path / "gone")
+    stage.link.online = ()
+    assert isinstance(stage.scheduler.look(), Wait)
+    stage.link.online = tuple(KEYS)
+    assert stage.scheduler.look() == Start(20)
