@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 WORDS = {"ann": "aaab", "bob": "xyzz", "cyd": "0123", "dee": "....?"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the failure drill's last test is."""
+    parser.addoption("--kills", type=int, default=200, help="random kills of the failure drill")
+    parser.addoption("--kill-seed", type=int, default=0, help="draws whom they hit, and when")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test sees or touches the base models of whoever runs it."""
