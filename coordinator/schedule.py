@@ -18,14 +18,15 @@ from typing import Protocol
 from fedia3.coordinator.campaign import ServerAppProcess
 from fedia3.coordinator.certificates import write_private
 from fedia3.coordinator.config import CoordinatorConfig, RoundsConfig
-from fedia3.coordinator.directory import Directory, RoundControl
+from fedia3.coordinator.directory import Device, Directory, RoundControl
 from fedia3.coordinator.records import RoundRecord
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.superlink import Node, Run
-from fedia3.errors import Fedia3Error, NotFound, StorageFailed, Unreachable
+from fedia3.errors import Conflict, Fedia3Error, NotFound, StorageFailed, Unreachable
 from fedia3.proto.app import App
 
 LOOK_EVERY_S = 1.0
+TOLD_AT_ONCE = 100  # devices that Flower has forgotten, at each look
 STARTS_WITHIN_S = 60.0  # from asking for a run to its first sign of life
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # after a run that committed nothing
 
@@ -126,6 +127,14 @@ class RunControl(Protocol):
         """Every registered node."""
         ...
 
+    def register(self, device_id: str, node_key: bytes) -> None:
+        """Let the device with this key take part.
+
+        Raises:
+            Conflict: the key is another device's, or one that was unregistered.
+        """
+        ...
+
     def start_run(self, app: App, rounds: int) -> int:
         """Start a run; its id."""
         ...
@@ -180,6 +189,7 @@ class Scheduler:
         self._round_before: int | None = None
         self._failures = 0
         self._not_before_ms = 0
+        self._left_out: set[str] = set()
         self._told = ""
         self._told_round: int | None = None
 
@@ -250,9 +260,20 @@ class Scheduler:
         return Running(run, self._asked_ms, own, is_alive=own is not None and own.is_alive)
 
     def _online(self) -> int:
-        keys = {device.device_id: device.node_key for device in self._directory.enrolled()}
-        nodes = self._link.nodes()
-        return sum(node.online and keys.get(node.name) == node.public_key for node in nodes)
+        """Enrolled devices online; those that Flower has forgotten are told to it again."""
+        nodes = {node.name: node for node in self._link.nodes()}
+        devices = self._directory.enrolled()
+        for device in [d for d in devices if d.device_id not in nodes][:TOLD_AT_ONCE]:
+            self._register(device)
+        return sum(_is_online(nodes.get(device.device_id), device) for device in devices)
+
+    def _register(self, device: Device) -> None:
+        try:
+            self._link.register(device.device_id, device.node_key)
+        except Conflict as error:
+            if device.device_id not in self._left_out:
+                self._log.warning("device %s takes no part: %s", device.device_id, error)
+            self._left_out.add(device.device_id)
 
     def _settle(self, run: Run, last: RoundRecord | None) -> None:
         """Forget a run that is over; pause before the next if it committed nothing."""
@@ -307,6 +328,10 @@ async def _until_or(until: asyncio.Event, timeout_s: float) -> None:
         await asyncio.wait_for(until.wait(), timeout_s)
     except TimeoutError:
         return
+
+
+def _is_online(node: Node | None, device: Device) -> bool:
+    return node is not None and node.online and node.public_key == device.node_key
 
 
 def _ms(record: RoundRecord) -> int:

@@ -5,6 +5,7 @@ queue: which devices there are stands in our directory, and is told to it again 
 """
 
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fedia3.proto.app import App
 
 CALL_S = 10.0  # for an answer of the SuperLink
 NEWEST_RUNS = 100
+KNOWN_S = 5.0  # how long a list of nodes is believed
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class ControlLink:
             timeout=timeout_s,
         )
         self._known: set[tuple[str, bytes]] = set()
+        self._known_until = 0.0
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -129,28 +132,31 @@ class ControlLink:
         Raises:
             Conflict: the key is another device's, or one that was unregistered.
         """
+        if (device_id, node_key) in self._registered():
+            return
         with _translated():
             try:
                 self._client.RegisterNode(RegisterNodeRequest(public_key=node_key, name=device_id))
             except httpx.HTTPStatusError as error:
                 if _code(error) != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                     raise
-                if not self._knows(device_id, node_key):
+                self._known_until = 0.0
+                if (device_id, node_key) not in self._registered():
                     raise Conflict(
                         f"the SuperLink knows the key of device {device_id} under another name or "
                         "as unregistered; let the device enrol anew"
                     ) from error
 
-    def _knows(self, device_id: str, node_key: bytes) -> bool:
-        """Whether this device is registered; a fleet that registers anew asks this for each."""
-        device = (device_id, node_key)
-        if device not in self._known:
+    def _registered(self) -> set[tuple[str, bytes]]:
+        """Names and keys, as they were a moment ago: a whole fleet may ask one after the other."""
+        if time.monotonic() >= self._known_until:
             self._known = {(node.name, node.public_key) for node in self.nodes()}
-        return device in self._known
+            self._known_until = time.monotonic() + KNOWN_S
+        return self._known
 
     def unregister(self, device_id: str) -> None:
         """Shut a device out; one that the SuperLink does not know is out already."""
-        self._known = set()
+        self._known_until = 0.0
         for node in self.nodes():
             if node.name == device_id:
                 with _translated():

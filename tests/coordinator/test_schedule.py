@@ -93,11 +93,15 @@ class SuperLinkTwin:
     states: dict[int, str] = field(default_factory=dict)
     online: Sequence[str] = tuple(KEYS)
     started: list[int] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
     is_down: bool = False
 
     def nodes(self) -> tuple[Node, ...]:
         self._require_up()
         return tuple(Node(i, name, KEYS[name], online=True) for i, name in enumerate(self.online))
+
+    def register(self, device_id: str, node_key: bytes) -> None:
+        self.told.append(device_id)
 
     def start_run(self, app: App, rounds: int) -> int:
         self._require_up()
@@ -227,6 +231,16 @@ def test_a_superlink_with_a_new_database_costs_one_run(tmp_path: Path) -> None:
     assert isinstance(stage.scheduler.look(), Wait)
     stage.now_ms += 1000
     assert stage.scheduler.look() == Start(20)
+
+
+def test_devices_that_flower_has_forgotten_are_told_to_it_again(tmp_path: Path) -> None:
+    """
+    As when its database was deleted.
+    """
+    stage = Stage(tmp_path)
+    stage.link.online = ("a" * 32,)
+    assert stage.scheduler.look() == Wait("1 of 2 devices are online")
+    assert stage.link.told == ["b" * 32]
 
 
 def test_what_an_earlier_coordinator_left_is_ended_first(tmp_path: Path) -> None:
