@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -71,12 +71,11 @@ class Served:
 
     def kill_all(self) -> None:
         """Leave nothing running, whatever the test did."""
-        family = [self.process, *self.process.children(recursive=True)]
-        for process in family:
-            process.kill()
-        for status in read_statuses(self.config.parts_file):
-            if status.pid and psutil.pid_exists(status.pid):
-                os.killpg(status.pid, signal.SIGKILL)
+        groups = [s.pid for s in read_statuses(self.config.parts_file) if s.pid]
+        self.process.kill()  # its parts die with it, what they started themselves may not
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
         self.process.wait()
 
 
