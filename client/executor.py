@@ -1,9 +1,9 @@
-"""Takes a node's messages from its SuperNode and answers them here, one after another.
+"""Takes a node's messages from its SuperNode and has a fork of this process answer each.
 
-Flower's own executor starts a process for every message, which installs and loads the app that the
+Flower's own executor starts a program for every message, which installs and loads the app that the
 coordinator sent: about a second of work and 130 MB each time. A device of fedia3 runs one app, the
-one that is installed, and that app is thin; so this process stays, and whatever app came along
-with a message is not even unpacked.
+one that is installed, and that app is thin; so this process stays and has it loaded, and whatever
+app came along with a message is not even unpacked.
 
 The agent starts it as ``python -m fedia3.client.executor ADDRESS SECRET_FILE SIGNAL``, beside
 ``flower-supernode --isolation process``, and sends it that signal when its gateway saw a message
@@ -94,19 +94,55 @@ class Pause:
             self._busy_until = time.monotonic() + BUSY_S
 
 
+class Worker:
+    """The fork that answers a message. A new message means that nobody waits for the last one's."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._pid: int | None = None
+
+    def begin(self, token: str) -> None:
+        """Have a new fork do this task, and end one that still tries to do another."""
+        self.look(end=True)
+        self._pid = os.fork()
+        if self._pid == 0:
+            os._exit(_answered(self._address, token))
+
+    def look(self, *, end: bool = False) -> None:
+        """Let the system forget a fork that is through; ``end`` it if it is not."""
+        if self._pid is None:
+            return
+        if end:
+            os.kill(self._pid, signal.SIGKILL)
+        if os.waitpid(self._pid, 0 if end else os.WNOHANG)[0]:
+            self._pid = None
+
+
+def _answered(address: str, token: str) -> int:
+    """In the fork: its exit status."""
+    signal.set_wakeup_fd(-1)  # the pipe is the parent's
+    try:
+        answer(address, token)
+    except Exception as error:
+        logger.warning("a message was not answered: %s", type(error).__name__, exc_info=error)
+        return 1
+    return 0
+
+
 def work(address: str, secret: bytes, wake: int) -> None:
     """Answer messages until the process is ended."""
-    pause = Pause(wake)
+    pause, worker = Pause(wake), Worker(address)
     proof = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
     runtime = _connected(address, [RuntimeVersionHttpInterceptor("SuperExec"), proof])
     while True:
         try:
+            worker.look()
             if token := acquire(runtime):
-                answer(address, token)
+                worker.begin(token)
             else:
                 pause.take()
-        except Exception as error:  # one message's failure is no other's
-            logger.warning("a message was not answered: %s", type(error).__name__, exc_info=error)
+        except Exception as error:  # the SuperNode is starting, or gone for a while
+            logger.warning("the SuperNode was not asked: %s", type(error).__name__)
             time.sleep(AGAIN_S)
 
 
@@ -125,6 +161,7 @@ def _connected(
 def main() -> None:
     """The process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every question
     os.umask(0o077)
     address, secret_file, wake = sys.argv[1:]
     work(address, Path(secret_file).read_bytes(), int(wake))

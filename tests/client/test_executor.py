@@ -3,6 +3,7 @@ import signal
 import threading
 import time
 
+from fedia3.client import executor
 from fedia3.client.executor import BUSY_S, IDLE_POLL_S, Pause
 
 
@@ -28,3 +29,21 @@ def test_after_a_signal_pauses_are_short_for_a_while():
     os.kill(os.getpid(), signal.SIGURG)
     pause.take()
     assert pause._busy_until > time.monotonic() + BUSY_S / 2
+
+
+def test_a_message_that_hangs_does_not_keep_the_next_from_being_answered(monkeypatch):
+    """The fork of a message that nobody waits for any more is ended for the next."""
+    reading, writing = os.pipe()
+
+    def answer(address: str, token: str) -> None:
+        if token == "hangs":
+            time.sleep(60)
+        os.write(writing, token.encode())
+
+    monkeypatch.setattr(executor, "answer", answer)
+    worker = executor.Worker("nowhere")
+    worker.begin("hangs")
+    worker.begin("is quick")
+    assert os.read(reading, 100) == b"is quick"
+    worker.look(end=True)
+    assert worker._pid is None
