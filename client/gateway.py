@@ -5,10 +5,14 @@ pinned at enrolment. It counts bytes, refuses every app but the thin one, answer
 the coordinator need not be asked, and knows when the coordinator last answered.
 """
 
+import logging
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -17,9 +21,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fab_pb2 import GetFabResponse
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.run_pb2 import GetRunResponse
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import sign_message
 
 from fedia3.client.device import write_private
 from fedia3.client.thin_fab import VERSION, app_id, require_thin
@@ -28,8 +35,12 @@ from fedia3.proto.fleet import Answer, Call, Relay, RelayServer, Upstream, refus
 
 HTTP_BYTES = 250  # request line, status line and what the HTTP library adds, both ways
 NOBODY_THERE = {502, 503, 504}
-SHUT_OUT = {401, 403}
+UNAUTHORIZED = 401
+SHUT_OUT = {UNAUTHORIZED, 403}
+CLOCKS_AGREE = timedelta(seconds=60)
 PLAIN = re.compile(r"[\x20-\x7e]{1,200}")
+
+logger = logging.getLogger(__name__)
 
 
 class Gatekeeper:
@@ -123,6 +134,53 @@ def _reason(answer: Answer) -> str:
     return said if PLAIN.fullmatch(said) else f"status {answer.status}"
 
 
+class ClockedUpstream(Upstream):
+    """The way to the coordinator, whose clock counts: Flower takes no call that is 300 s off.
+
+    Where the coordinator refuses the node and tells another time than this device has, calls are
+    signed anew for its time, with the node's own key, until the clocks agree.
+    """
+
+    def __init__(
+        self,
+        fleet_address: str,
+        ca: bytes,
+        key: ec.EllipticCurvePrivateKey,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        super().__init__(fleet_address, ca.decode(), max_connections=8)
+        self._key, self._now = key, now
+        self._offset = timedelta()  # the coordinator's clock less ours
+
+    async def send(self, call: Call) -> Answer:
+        """The coordinator's answer."""
+        answer = await super().send(self._timed(call))
+        if answer.status == UNAUTHORIZED and self._has_learned(answer):
+            answer = await super().send(self._timed(call))
+        return answer
+
+    def _timed(self, call: Call) -> Call:
+        if not self._offset:
+            return call
+        stamp = (self._now() + self._offset).isoformat()
+        signature = b64encode(sign_message(self._key, stamp.encode())).decode()
+        signed = {TIMESTAMP_HEADER: stamp, FLEET_HTTP_SIGNATURE_HEADER: signature}
+        return replace(call, headers={**call.headers, **signed})
+
+    def _has_learned(self, answer: Answer) -> bool:
+        """Whether the coordinator's time is another than was thought."""
+        try:
+            told = parsedate_to_datetime(answer.date)
+        except ValueError:
+            return False
+        offset = told - self._now()
+        differs = abs(offset - self._offset) > CLOCKS_AGREE
+        if differs:
+            self._offset = offset if abs(offset) > CLOCKS_AGREE else timedelta()
+            logger.warning("this device's clock is %.0f s off", -offset.total_seconds())
+        return differs
+
+
 class Gateway:
     """The relay of a state folder, serving on a free port of localhost.
 
@@ -130,13 +188,21 @@ class Gateway:
         folder: for its certificate, made anew, and the key.
         fleet_address: ``host:port`` of the coordinator's fleet.
         ca: PEM of who signs the coordinator's certificates.
+        node_key: the node's.
     """
 
-    def __init__(self, folder: Path, fleet_address: str, ca: bytes, keeper: Gatekeeper) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fleet_address: str,
+        ca: bytes,
+        keeper: Gatekeeper,
+        node_key: ec.EllipticCurvePrivateKey,
+    ) -> None:
         self.keeper = keeper
         self.certificate, key = folder / "gateway.pem", folder / "gateway.key"
         _make_certificate(self.certificate, key)
-        self._upstream = Upstream(fleet_address, ca.decode(), max_connections=8)
+        self._upstream = ClockedUpstream(fleet_address, ca, node_key)
         self._server = RelayServer(
             Relay(self._upstream, keeper),
             host="127.0.0.1",

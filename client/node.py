@@ -31,7 +31,9 @@ class Node:
     ) -> None:
         self.enrolment, self.keeper = enrolment, keeper
         keeper.on_message = self._wake_executor
-        self._gateway = Gateway(folder.path, enrolment.fleet_address, folder.ca(), keeper)
+        self._gateway = Gateway(
+            folder.path, enrolment.fleet_address, folder.ca(), keeper, folder.keys().node
+        )
         self._supervisor = Supervisor(
             self._parts(folder, trainer), folder.path / "flower-parts.json"
         )

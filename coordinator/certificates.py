@@ -22,7 +22,7 @@ from fedia3.errors import BadInput, StorageFailed
 AUTHORITY_LASTS = timedelta(days=3652)
 SERVER_LASTS = timedelta(days=397)
 RENEWED_BEFORE = timedelta(days=30)
-BACKDATED = timedelta(hours=1)  # a device's clock may be behind
+BACKDATED = timedelta(days=2)  # a device's clock may be behind
 ALWAYS_NAMED = ("localhost", "127.0.0.1", "::1")  # the SuperLink and the operator on this machine
 
 

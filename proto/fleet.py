@@ -129,6 +129,7 @@ class Answer:
     status: int = 200
     body: bytes = b""
     media_type: str = MEDIA_TYPE
+    date: str = ""  # the answering clock, as HTTP writes it; empty where nobody answered
 
     def message(self, operation: Operation) -> Message:
         """The body read.
@@ -229,7 +230,10 @@ async def _answer_of(response: httpx.Response) -> Answer:
         body += piece
         if len(body) > MAX_ANSWER:
             return refusal(502, f"the coordinator's answer has more than {MAX_ANSWER} bytes")
-    return Answer(response.status_code, bytes(body), response.headers.get("content-type", ""))
+    headers = response.headers
+    return Answer(
+        response.status_code, bytes(body), headers.get("content-type", ""), headers.get("date", "")
+    )
 
 
 class Relay:

@@ -3,24 +3,27 @@
 import asyncio
 import ssl
 import zipfile
-from collections.abc import AsyncIterator
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.cli.build import build_fab_from_disk
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message
 from flwr.proto.run_pb2 import GetRunResponse, Run
+from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fedia3.client.gateway import Gatekeeper, Gateway
+from fedia3.client.gateway import ClockedUpstream, Gatekeeper, Gateway
 from fedia3.client.thin_fab import require_thin, thin_app
 from fedia3.coordinator.certificates import Issued, make_authority, make_server_certificate
 from fedia3.errors import BadInput
@@ -28,6 +31,7 @@ from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call, RelayServer
 
 APP = "fedia3/fedia3-rounds"
 FAB = build_fab_from_disk(thin_app())
+KEY = ec.generate_private_key(ec.SECP384R1())
 
 
 def zipped(**files: bytes) -> bytes:
@@ -204,14 +208,17 @@ def authority() -> Issued:
     return make_authority(datetime.now(UTC))
 
 
+async def empty_message(scope, receive, send) -> None:
+    """Any call's answer."""
+    assert (await Request(scope, receive).body()) == b""
+    await Response(b"")(scope, receive, send)
+
+
 @asynccontextmanager
-async def fleet(folder: Path, authority: Issued) -> AsyncIterator[RelayServer]:
-    """A coordinator that answers every call with an empty message."""
-
-    async def answer(scope: dict, receive: object, send: object) -> None:
-        assert (await Request(scope, receive).body()) == b""  # type: ignore[arg-type]
-        await Response(b"")(scope, receive, send)  # type: ignore[arg-type]
-
+async def fleet(
+    folder: Path, authority: Issued, answer: Callable[..., Awaitable[None]] = empty_message
+) -> AsyncIterator[RelayServer]:
+    """A coordinator's door, behind which somebody answers."""
     issued = make_server_certificate(authority, ["localhost"], datetime.now(UTC))
     (folder / "fleet.pem").write_bytes(issued.certificate)
     (folder / "fleet.key").write_bytes(issued.key)
@@ -244,7 +251,7 @@ def test_calls_go_through_to_the_coordinator_of_the_pinned_authority(
         async with fleet(tmp_path, authority) as server:
             keeper = Gatekeeper(lambda _: None)
             address = f"localhost:{server.port}"
-            gateway = Gateway(tmp_path / "state", address, authority.certificate, keeper)
+            gateway = Gateway(tmp_path / "state", address, authority.certificate, keeper, KEY)
             await gateway.start()
             try:
                 poll = await posted(gateway, "pull-messages")
@@ -267,7 +274,7 @@ def test_a_coordinator_of_another_authority_is_nobody(tmp_path: Path, authority:
         async with fleet(tmp_path, make_authority(datetime.now(UTC))) as server:
             keeper = Gatekeeper(lambda _: None)
             address = f"localhost:{server.port}"
-            gateway = Gateway(tmp_path / "state", address, authority.certificate, keeper)
+            gateway = Gateway(tmp_path / "state", address, authority.certificate, keeper, KEY)
             await gateway.start()
             try:
                 poll = await posted(gateway, "pull-messages")
@@ -287,7 +294,44 @@ def test_the_gateways_key_is_its_owners_alone(tmp_path: Path, authority: Issued)
     keeper = Gatekeeper(lambda _: None)
 
     async def opened() -> None:
-        await Gateway(tmp_path, "localhost:1", authority.certificate, keeper).stop()
+        await Gateway(tmp_path, "localhost:1", authority.certificate, keeper, KEY).stop()
 
     asyncio.run(opened())
     assert (tmp_path / "gateway.key").stat().st_mode & 0o777 == 0o600
+
+
+async def strict_about_time(scope, receive, send) -> None:
+    """A SuperLink's answer: 401 unless the time is its own to 300 s and the key has signed it."""
+    headers = Request(scope, receive).headers
+    stamp, signature = headers["flwr-timestamp"], b64decode(headers["flwr-signature"])
+    is_now = abs(datetime.now(UTC) - datetime.fromisoformat(stamp)) < timedelta(seconds=300)
+    holds = verify_signature(KEY.public_key(), stamp.encode(), signature)
+    await Response(status_code=200 if is_now and holds else 401)(scope, receive, send)
+
+
+@pytest.mark.parametrize("off", [timedelta(hours=1), -timedelta(days=400)])
+def test_a_wrong_clock_is_told_right_by_the_coordinators(
+    tmp_path: Path, authority: Issued, off: timedelta
+):
+    """A refused call is signed anew for the coordinator's time, the next ones from the start."""
+
+    def signed_by_node() -> Call:
+        stamp = (datetime.now(UTC) + off).isoformat()
+        signature = b64encode(sign_message(KEY, stamp.encode())).decode()
+        headers = {"flwr-timestamp": stamp, "flwr-signature": signature}
+        return Call(OPERATIONS[PREFIX + "pull-messages"], headers, b"")
+
+    async def sent() -> list[int]:
+        async with fleet(tmp_path, authority, strict_about_time) as server:
+            way = ClockedUpstream(
+                f"localhost:{server.port}",
+                authority.certificate,
+                KEY,
+                now=lambda: datetime.now(UTC) + off,
+            )
+            try:
+                return [(await way.send(signed_by_node())).status for _ in range(2)]
+            finally:
+                await way.close()
+
+    assert asyncio.run(sent()) == [200, 200]
