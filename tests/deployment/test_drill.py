@@ -75,6 +75,7 @@ ACKNOWLEDGED: dict[str, int] = {}  # by every test of this module
 
 
 def kill(process: psutil.Process) -> None:
+    """Without a word of warning."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
 
@@ -204,6 +205,7 @@ def test_a_cut_network_heals(running, publisher):
 
 
 def can_mount() -> bool:
+    """Whether this test may make a small file system."""
     return os.geteuid() == 0 and sys.platform == "linux" and shutil.which("mount") is not None
 
 
