@@ -431,6 +431,7 @@ class Agent:
                 last_round=trainer.last_round,
                 last_round_ms=trainer.last_round_ms,
                 last_loss=trainer.last_loss,
+                last_failure=trainer.last_failure,
             )
         return self._with_personal(status)
 

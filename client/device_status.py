@@ -77,6 +77,7 @@ class DeviceStatus:
     last_round: int | None = None
     last_round_ms: int | None = None
     last_loss: float | None = None
+    last_failure: str | None = None  # class of the trainer's last error; its log says more
     coordinator: Coordinator | None = None  # None: not enrolled
     device_id: str | None = None
     user: str | None = None

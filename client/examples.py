@@ -48,6 +48,9 @@ def read_own(
         )
     except BadData as error:
         return OwnText(digest_of(Dataset({})), 0, too_little=str(error))
+    except OSError as error:
+        unreadable = f"cannot read {error.filename or path} ({error.strerror})"
+        return OwnText(digest_of(Dataset({})), 0, too_little=unreadable)
     texts = dataset.examples[OWNER]
     sides = split(texts, plan, OWNER)
     reason = _too_little(len(texts), sides, plan)

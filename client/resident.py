@@ -49,6 +49,11 @@ class LocalBase:
 
 MakeSettings = Callable[[Path, Path], TrainerSettings]  # from the base's folder and the socket
 
+TRAINER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # oneDNN keeps the code it writes for each shape: 60 MB for texts of many lengths
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+}
 TRAINER = (sys.executable, "-m", "fedia3.client.trainer_process")
 
 logger = logging.getLogger(__name__)
@@ -75,7 +80,7 @@ class Resident:
             "trainer",
             (*program, str(self._settings_file)),
             folder.logs / "trainer.log",
-            {**SMALL, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+            {**SMALL, **TRAINER_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
             self._is_ready,
         )
         self._supervisor = Supervisor((part,), folder.path / "trainer-parts.json")

@@ -107,11 +107,11 @@ def train_rows(
         NoGradient: a target's scales get no gradient from any job; the message names it.
     """
     trained = _Pass(model, bank, task, jobs, plan).run()
-    _give_memory_back()
+    give_memory_back()
     return trained
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Let the C library return freed activations to the system.
 
     glibc keeps their pieces, of another size in every batch: a simulation of 114 chat authors grew

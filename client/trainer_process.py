@@ -28,7 +28,12 @@ from fedia3.adapters.update import TrainingPlan, TrainRequest
 from fedia3.client.examples import OWNER, OwnText, encode_sides, read_own
 from fedia3.client.personalization import personalize
 from fedia3.client.tasks import Scores, Task, task_for
-from fedia3.client.trainer import ClientExamples, ResidentTrainer, evaluate_rows
+from fedia3.client.trainer import (
+    ClientExamples,
+    ResidentTrainer,
+    evaluate_rows,
+    give_memory_back,
+)
 from fedia3.client.trainer_settings import TrainerSettings, cores
 from fedia3.client.trainer_socket import Frame, FrameServer, TrainerStatus
 from fedia3.errors import BadData, BadInput
@@ -237,6 +242,7 @@ class DeviceTrainer:
             try:
                 yield
             finally:
+                give_memory_back()
                 self._note(doing=None)
 
     def _note_round(self, round_num: int, loss: float) -> None:

@@ -292,6 +292,8 @@ def _facts(found: "DeviceStatus") -> Iterator[tuple[str, str]]:
         yield "loss", f"{losses} (per token of text held out)"
         if found.global_version:
             yield "global", f"version {found.global_version}"
+    if found.last_failure:
+        yield "last error", f"{found.last_failure}; {found.state_folder}/logs/trainer.log says more"
     yield "network", f"{found.bytes_today / 1e6:.1f} MB today"
     yield "state", found.state_folder
 

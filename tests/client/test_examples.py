@@ -58,6 +58,16 @@ def test_too_little_text_is_said_and_no_error(toy: BaseModel, tmp_path: Path):
     assert "found none" in str(read(tmp_path / "empty", toy).too_little)
 
 
+def test_a_file_that_cannot_be_opened_is_said(toy: BaseModel, tmp_path: Path):
+    """
+    A link that leads in a circle, as one that its owner may not read.
+    """
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
+    text = read(tmp_path, toy)
+    assert text.too_little is not None
+    assert text.sides is None
+
+
 def test_other_text_has_another_digest(toy: BaseModel, tmp_path: Path):
     """
     The digest follows what is read: the same lines in another file have the same.
