@@ -168,7 +168,8 @@ class Agent:
         await self._jobs.end()
         await self._leave_fleet()
         self._bytes.save()
-        self._tell()
+        with suppress(Fedia3Error):  # a full disk must not keep it from ending
+            self._tell()
 
     async def _tick(self) -> None:
         """One look at everything. Nothing that goes wrong here ends the agent."""
@@ -220,6 +221,8 @@ class Agent:
         if self._control.paused or self._waited_s > REST_AFTER_S:
             await self._trainer.rest()
             return
+        if self._waiting is not None and self._trainer.base is None:
+            return  # loading a base is work
         base = self._base()
         if self._trainer.base is None:
             self._stamp = files_stamp(self.settings.data)  # what is newer than this is read again

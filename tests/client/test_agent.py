@@ -230,6 +230,7 @@ def test_a_device_waits_for_text_and_for_its_hours(client: Client):
     assert client.stop() == 0
     client.start("--quiet-hours", "00:00-23:59")
     assert client.until(lambda s: s.pid == client.process.pid and s.waiting).startswith("quiet")
+    assert len(client.tree()) == 1  # not even a base model is loaded
 
 
 @pytest.mark.slow
