@@ -315,10 +315,11 @@ class Coordinator:
             everyone.version if everyone else None,
             fallback="; ".join(dict.fromkeys(notes)) or None,
         )
-        if local is not None:
+        if local is not None and local[0].judged.choice == "global":
+            return served
+        if local is not None and not _is_same(local[0], own):
             kept, part = local
-            is_better = kept.judged.choice == "personal"
-            return _with(served, part, alpha, unshared=kept) if is_better else served
+            return _with(served, part, alpha, unshared=kept)
         if own is not None:
             part = encoding.decode_personal(own.data, self.schema)
             return _with(served, part, alpha, personal=own.version)
@@ -556,6 +557,11 @@ def _with(
 ) -> Served:
     adapter = part.on(served.adapter, alpha)
     return replace(served, adapter=adapter, personal=personal, unshared=unshared)
+
+
+def _is_same(kept: KeptPart, own: Fetched | None) -> bool:
+    """Whether the registry has just this part."""
+    return own is not None and own.version.digest == kept.digest
 
 
 def _is_newer(kept: KeptPart, given: Shared | None, own: AdapterVersion) -> bool:

@@ -79,7 +79,7 @@ def _require_new(folder: DeviceFolder) -> None:
         known = folder.enrolment()
         raise Conflict(
             f"{folder.path} is enrolled with {known.address} as a device of {known.user!r}; name "
-            "another folder with --state"
+            "another folder with --state, or delete its device.json to enrol it anew"
         )
 
 

@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import typer
 
 from fedia3 import __version__, cli
 from fedia3.adapters.base_model import quiet
@@ -380,7 +382,19 @@ def test_version(fedia3: Command, capfd: pytest.CaptureFixture[str]):
         (["adapters"], ["--run", "--seed", "--json"]),
         (["base", "import"], ["--name", "--target", "--feedforward", "--json"]),
         (["base", "list"], ["--json"]),
-        ([], ["simulate", "fetch", "generate", "adapters", "base", "Exit codes"]),
+        (
+            [],
+            [
+                "simulate",
+                "fetch",
+                "generate",
+                "adapters",
+                "base",
+                "coordinator",
+                "client",
+                "Exit codes",
+            ],
+        ),
     ],
     ids=" ".join,
 )
@@ -395,7 +409,30 @@ def test_help_mentions_what_there_is(
     assert [option for option in options if option not in text] == []
 
 
-HEAVY = {"torch", "transformers", "bitsandbytes", "flwr", "sqlalchemy", "alembic", "matplotlib"}
+def all_commands() -> dict[str, click.Command]:
+    """Every command and group of commands, by the words after ``fedia3``."""
+
+    def below(words: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+        yield words, command
+        if isinstance(command, click.Group):
+            for name, each in command.commands.items():
+                yield from below(f"{words} {name}".strip(), each)
+
+    return dict(below("", typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", all_commands())
+def test_help_says_what_everything_is_for(words: str):
+    """
+    Each command, argument and option has words of its own, which its help shows.
+    """
+    command = all_commands()[words]
+    assert command.help
+    assert [p.name for p in command.params if not getattr(p, "help", None)] == []
+
+
+HEAVY = {"torch", "transformers", "bitsandbytes", "flwr", "grpc", "sqlalchemy", "alembic",
+         "matplotlib"}  # fmt: skip
 LIGHT_CODE = """
 import sys
 from fedia3 import cli
@@ -408,14 +445,15 @@ print("\\n" + " ".join(sorted(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(arguments: list[str]):
+@pytest.mark.parametrize("words", [*(f"{w} --help" for w in all_commands()), "--version"])
+def test_help_imports_nothing_heavy(words: str):
     """
     Help answers at once because it loads no model, no server and no database.
     """
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT_CODE, *arguments], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", LIGHT_CODE, *words.split()],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "typer" in loaded
     assert loaded & HEAVY == set()

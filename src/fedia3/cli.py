@@ -41,8 +41,11 @@ ANSWER_S = 10.0  # a coordinator that starts anew is back by then
 app = typer.Typer(
     name="fedia3",
     help="Federated on-device personalization: everyone gets their own language model, nobody's "
-    "text leaves their device.\n\nStart with [bold]fedia3 simulate[/bold]: it trains a small "
-    "federation on this machine and tells what to type next.",
+    "text leaves their device.\n\n"
+    "[bold]fedia3 simulate[/bold] trains a small federation on this machine and tells what to "
+    "type next.\n\n"
+    "[bold]fedia3 coordinator init[/bold] begins one of real devices, each of which learns with "
+    "[bold]fedia3 client run[/bold].",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -163,9 +166,9 @@ def simulate(
 ) -> None:  # fmt: skip
     """Train a federation on this machine and report what it did for each user.
 
-    Rounds of federated training, then every user's own adapter, then a test on text nobody
-    trained on: the base model, the global adapter, the user's own and, as the control, another
-    user's.
+    Rounds of federated training, then every user's own adapter, then a test on
+    text nobody trained on: the base model, the global adapter, the user's own and,
+    as the control, another user's.
 
     [bold]fedia3 simulate[/bold]                                      the embedded demo users
     [bold]fedia3 simulate --data chats.jsonl --user-field author[/bold]  your own text
@@ -236,8 +239,11 @@ def fetch(
 ) -> None:  # fmt: skip
     """Write a user's adapter as a Hugging Face PEFT folder.
 
-    From a coordinator, or from a run of [bold]fedia3 simulate[/bold]. PEFT's
-    [bold]PeftModel.from_pretrained(base, folder)[/bold] loads it.
+    [bold]fedia3 fetch --user alice --out ./alice[/bold]  asks the coordinator where this
+    machine is an enrolled device, else takes the newest run of
+    [bold]fedia3 simulate[/bold]. Without the coordinator the last good one is written.
+
+    PEFT's [bold]PeftModel.from_pretrained(base, folder)[/bold] loads it.
     """
     source = _source(run, seed, state, coordinator, ca, token_file)
     if source is not None:
@@ -464,6 +470,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it prints every handshake that fails
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    logging.getLogger("fedia3").addHandler(logging.NullHandler())  # commands say it themselves
 
 
 def _record_facts(record: Any) -> dict[str, Any]:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from fedia3.client.device_status import DeviceStatus
 
 client_app = typer.Typer(
-    help="Learn on this device from its owner's text, which never leaves it.",
+    help="Learn on this device from its owner's text, which never leaves it.\n\n"
+    "[bold]fedia3 client run --data ./texts[/bold]  learns alone at once,\n\n"
+    "[bold]fedia3 client enroll HOST:PORT --ca ca.pem[/bold]  lets it take part in "
+    "rounds,\n\n"
+    "[bold]fedia3 client status[/bold]  says what it is doing.\n\n"
+    "A device keeps everything in one folder: --state, or client in fedia3's home.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -49,8 +54,9 @@ def enroll(
 ) -> None:  # fmt: skip
     """Make this device one of yours: it makes its keys and proves that it has them.
 
-    The code comes from [bold]fedia3 coordinator invite[/bold], holds for ten minutes and for one
-    device. Leave it out and it is asked for: so it stays out of the shell's history.
+    The code comes from [bold]fedia3 coordinator invite[/bold], holds for ten minutes
+    and for one device. Leave it out and it is asked for: so it stays out of the
+    shell's history.
     """
     import platform  # noqa: PLC0415  # --help stays fast
 
@@ -114,7 +120,7 @@ def run(
     ] = None,
     check_every: Annotated[
         float, typer.Option(min=0, help="Seconds between questions whether there is a round.",
-                            show_default="3, as Flower does")
+                            show_default="0: one waits at the coordinator")
     ] = 0,
     personal_every: Annotated[
         float, typer.Option(min=1, help="Seconds between two personalizations, at least.")
@@ -129,8 +135,9 @@ def run(
 ) -> None:  # fmt: skip
     """Learn from the owner's text: alone at once, in rounds as soon as this device is enrolled.
 
-    Lines that cannot be read are left out and counted. The text never leaves this device, and the
-    own adapter only with [bold]--share-personal[/bold]. Ctrl-C ends it; so does SIGTERM.
+    Lines that cannot be read are left out and counted. The text never leaves this
+    device, and the own adapter only with [bold]--share-personal[/bold]. Ctrl-C ends it; so
+    does SIGTERM.
     """
     from fedia3.client.agent import Agent, AgentSettings, serve  # noqa: PLC0415  # --help is fast
     from fedia3.client.conditions import (  # noqa: PLC0415  # as above

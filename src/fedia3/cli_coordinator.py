@@ -97,6 +97,7 @@ def init(
     )
     config = set_up(folder, setting, datetime.now(UTC), force=force)
     next_command = f"fedia3 coordinator serve --config {shlex.quote(str(folder))}"
+    invite_command = f"fedia3 coordinator invite --config {shlex.quote(str(folder))} --user NAME"
     if as_json:
         print_json(
             {
@@ -118,14 +119,17 @@ def init(
     if is_local:
         out.print("only this machine can reach it; give --host NAME for devices elsewhere")
     out.print(f"next:\n  {escape(next_command)}", soft_wrap=True)
+    out.print("and while it runs, from another shell, for each device:")
+    out.print(f"  {escape(invite_command)}", soft_wrap=True)
 
 
 @coordinator_app.command()
 def serve(config: Config = None) -> None:
-    """Run everything: services, rounds, Flower behind its own door. Ctrl-C or SIGTERM stops it.
+    """Run everything: services, rounds, Flower behind its own door.
 
-    What dies is started again. What happens is told on stderr, a line each: time, part, message.
-    Each part's own output is in logs/ beside the settings.
+    What dies is started again. What happens is told on stderr, a line each: time,
+    part, message. Each part's own output is in logs/ beside the settings.
+    Ctrl-C or SIGTERM stops it: what is under way has ten seconds.
     """
     from fedia3.coordinator.config import config_path, read_config  # noqa: PLC0415  # as above
     from fedia3.coordinator.parts import log_to_stderr  # noqa: PLC0415  # as above
@@ -220,7 +224,8 @@ def invite(
         print_json(asdict(code) | {"address": address})
         return
     out.print(
-        f"[bold]{code.code}[/]  for one device of {escape(user)}, until {_time(code.expires_ms)}"
+        f"[bold]{code.code}[/]  for one device of {escape(user)}, until {_time(code.expires_ms)}",
+        soft_wrap=True,
     )
     out.print("give it to its owner with ca.pem; on the device:")
     out.print(f"  fedia3 client enroll {escape(address)} {code.code} --ca ca.pem", soft_wrap=True)

@@ -389,6 +389,22 @@ def test_a_part_only_on_this_device_counts(
     assert ann.served().choice == "global"
 
 
+def test_a_part_that_was_shared_is_no_secret(
+    service: RunningService, ann: Coordinator, tmp_path: Path
+):
+    """
+    The device's newest part, once the registry has it, is served as the version that it is there.
+    """
+    part = part_on(service, publish_global(service, 2.0), 0.25)
+    store = PersonalStore(tmp_path / "ann" / "personal")
+    store.keep(part, Judged("personal", 2.0, 1.0, 7, "ef" * 32, made_ms=1000))
+    store.note_shared(part, ann.publish(part, num_examples=7).version)
+    served = ann.served()
+    assert served.unshared is None
+    assert served.personal is not None
+    assert served.personal.version == 1
+
+
 def test_a_shared_part_that_is_newer_counts(
     service: RunningService, ann: Coordinator, tmp_path: Path
 ):
