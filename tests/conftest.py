@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what takes long last: what is broken mostly shows before."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: bool({"slow", "drill"} & {m.name for m in item.iter_markers()}))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -167,8 +167,8 @@ def simulate(
     """Train a federation on this machine and report what it did for each user.
 
     Rounds of federated training, then every user's own adapter, then a test on
-    text nobody trained on: the base model, the global adapter, the user's own and,
-    as the control, another user's.
+    text nobody trained on: the base model, the global adapter, the user's own
+    and, as the control, another user's.
 
     [bold]fedia3 simulate[/bold]                                      the embedded demo users
     [bold]fedia3 simulate --data chats.jsonl --user-field author[/bold]  your own text
