@@ -73,6 +73,10 @@ class Gatekeeper:
         self.shut_out: str | None = None
         self.heard_ms: int | None = None  # the last answer
 
+    async def greet(self, call: Call) -> Answer | None:  # noqa: ARG002  # the protocol's
+        """The node is the only one who knows the way here; read what it sends."""
+        return None
+
     async def before(self, call: Call) -> Answer | None:
         """An empty poll's answer where the coordinator need not be asked; else pass it on."""
         if (reason := self._withheld()) is not None:

@@ -2,7 +2,9 @@
 
 Behind the door the SuperLink checks that a call's signature belongs to the key it shows, and that
 the node it speaks for belongs to that key. What it does not check is checked here: that the key is
-an enrolled device's, that a reply is the sender's own, that no other app is fetched.
+an enrolled device's, that a reply is the sender's own, that an object is part of the device's own
+messages, that no other app is fetched. Until the SuperLink has looked a key is only a claim, so all
+that it gets from the door itself is what an empty poll gets.
 
 A poll that has nothing to fetch is held here until a round asks its device. So an idle device costs
 the SuperLink nothing but its heartbeats, and one that is asked learns it at once: after an empty
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedia3.coordinator.directory import Directory, OpenRound, RoundControl
+from fedia3.coordinator.handed_objects import HandedObjects
 from fedia3.coordinator.last_seen import LastSeen
 from fedia3.errors import Fedia3Error
 from fedia3.proto.fleet import Answer, Call, refusal
@@ -26,7 +29,7 @@ DEVICES_EVERY_S = 0.9  # a revoked device is out within a second
 ROUND_EVERY_S = 0.2
 HELD_S = 20.0  # a node gives its poll up after 30, a relay on the way after 25
 NOTED_EVERY_S = 5.0
-SMALL_CALL = 256 << 10  # bytes; only objects are larger
+UNKNOWN_S = 60.0  # after the door opened it does not know who was handed what before
 CALLS_A_S, CALLS_AT_ONCE = 50.0, 200.0  # of one key
 KEYS_COUNTED = 10_000
 
@@ -60,11 +63,25 @@ class Doorkeeper:
         self._app_digest = app_digest
         self._devices = _Remembered(self._read_devices, DEVICES_EVERY_S, now)
         self._control = _Remembered(directory.round_control, ROUND_EVERY_S, now)
+        self._handed = HandedObjects()
+        self._now, self._opened_at = now, now()
         self._held_s = held_s
         self._held: dict[str, asyncio.Event] = {}  # by device: its poll
         self._served: dict[str, OpenRound] = {}  # by device: the last round it fetched
         self._allowance = _Allowance(limits, now)
         self._last_seen = LastSeen(directory, now_ms)
+
+    async def greet(self, call: Call) -> Answer | None:
+        """Refuse strangers, and who calls too often, before anything of theirs is kept."""
+        try:
+            devices: Mapping[bytes, str] = await self._devices.value()
+        except Fedia3Error as error:
+            return _no_directory(error)
+        if call.key not in devices:
+            return refusal(401, "this key belongs to no enrolled device; enrol it")
+        if not self._allowance.takes(call.key):
+            return refusal(429, "too many calls; come again later")
+        return None
 
     async def before(self, call: Call) -> Answer | None:
         """Refuse, answer an idle poll, or pass the call on."""
@@ -72,13 +89,11 @@ class Doorkeeper:
             devices: Mapping[bytes, str] = await self._devices.value()
             device_id = devices.get(call.key)
             if device_id is None:
-                return refusal(401, "this key belongs to no enrolled device; enrol it")
-            if not self._allowance.takes(call.key):
-                return refusal(429, "too many calls; come again later")
-            return _fault(call, self._app_digest) or await self._idle(call, device_id)
+                return refusal(401, "this key belongs to no enrolled device any more; enrol it")
+            fault = _fault(call, self._app_digest) or self._foreign(call, device_id)
+            return fault or await self._idle(call, device_id)
         except Fedia3Error as error:
-            logger.warning("the directory cannot be read: %s", error)
-            return refusal(503, "the coordinator's directory cannot be read; come again")
+            return _no_directory(error)
 
     async def after(self, call: Call, answer: Answer) -> Answer:
         """Let the answer through, unless it brings another app; note what it says."""
@@ -87,19 +102,34 @@ class Doorkeeper:
         name = call.operation.name
         if name == "get-fab" and not _is_app(answer.message(call.operation), self._app_digest):
             return refusal(403, "the coordinator hands out another app")
-        if name in ("send-node-heartbeat", "pull-messages"):
+        if name in ("send-node-heartbeat", "pull-messages", "push-messages"):
             devices: Mapping[bytes, str] = await self._devices.value()
             if device_id := devices.get(call.key):
                 await self._note(device_id, call, answer)
         return answer
 
     async def _note(self, device_id: str, call: Call, answer: Answer) -> None:
+        request: Any = call.message
         if call.operation.name == "send-node-heartbeat":
             self._last_seen.note(device_id)
-            return
+        elif call.operation.name == "push-messages":
+            self._handed.note_announced(device_id, request.message_object_trees)
+        else:
+            await self._note_fetched(device_id, answer.message(call.operation))
+
+    async def _note_fetched(self, device_id: str, fetched: Any) -> None:
+        self._handed.note_given(device_id, fetched.message_object_trees)
         opened = (await self._control.value()).open_round
-        if opened and _holds_request(answer.message(call.operation), opened):
+        if opened and _holds_request(fetched, opened):
             self._served[device_id] = opened
+
+    def _foreign(self, call: Call, device_id: str) -> Answer | None:
+        """A refusal where the call touches an object that is not the device's."""
+        if self._now() - self._opened_at < UNKNOWN_S:
+            return None
+        if self._handed.may_touch(device_id, call.operation.name, call.message):
+            return None
+        return refusal(403, "this object is no part of this device's messages")
 
     async def watch_rounds(self) -> None:
         """Let held polls go when a round asks their devices; ends when cancelled."""
@@ -175,6 +205,11 @@ class Doorkeeper:
         return is_newest
 
 
+def _no_directory(error: Fedia3Error) -> Answer:
+    logger.warning("the directory cannot be read: %s", error)
+    return refusal(503, "the coordinator's directory cannot be read; come again")
+
+
 def _fault(call: Call, app_digest: str) -> Answer | None:
     """What is wrong with an enrolled device's call, None if nothing is.
 
@@ -183,8 +218,6 @@ def _fault(call: Call, app_digest: str) -> Answer | None:
     """
     name, message = call.operation.name, call.message
     request: Any = message  # generated classes; the operation says which
-    if name != "push-object" and len(call.body) > SMALL_CALL:
-        return refusal(413, f"a {name} has at most {SMALL_CALL} bytes")
     if name == "activate-node" and request.public_key != call.key:
         return refusal(403, "a device activates its own key")
     if name == "push-messages" and not _is_own_reply(request):

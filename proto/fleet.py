@@ -12,8 +12,9 @@ import contextlib
 import socket
 import ssl
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,7 @@ from google.protobuf.message import DecodeError, Message
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedia3.errors import BadInput, BadSetting, Conflict
 
@@ -53,9 +55,16 @@ KEY_HEADER = "flwr-public-key"  # base64 of the node's key, PEM SubjectPublicKey
 MEDIA_TYPE = "application/protobuf"
 
 MAX_BODY = 8 << 20  # bytes of a request: Flower cuts arrays into objects of 5 MB
+SMALL_CALL = 256 << 10  # bytes of a request that pushes no object
+MAX_HEADERS = 16 << 10  # bytes
 MAX_ANSWER = 16 << 20  # bytes of a response: an app has at most 10 MB
+CALLS_OF_ONE = 16  # under way at once for one key; a node has up to six
+FIRST_REQUEST_S = 30.0  # from a connection's first byte to the end of its first headers
+BODY_S = 120.0  # for a request's body to come
 UPSTREAM_S = 25.0  # a node gives up after 30, and the fleet's door holds an idle poll for 20
 IDLE_S = 3.0  # before the SuperLink's 5: a connection must not be used as it is closed
+
+HANGS_UP = {400, 401, 404, 408, 413, 429}  # answered before the body was read, perhaps
 
 Headers = Mapping[str, str]
 
@@ -67,6 +76,7 @@ class Operation:
     name: str
     request: type[Message]
     response: type[Message]
+    max_body: int = SMALL_CALL  # bytes
 
     @property
     def path(self) -> str:
@@ -82,7 +92,7 @@ _OPERATIONS = (
     Operation("push-messages", PushMessagesRequest, PushMessagesResponse),
     Operation("get-run", GetRunRequest, GetRunResponse),
     Operation("get-fab", GetFabRequest, GetFabResponse),
-    Operation("push-object", PushObjectRequest, PushObjectResponse),
+    Operation("push-object", PushObjectRequest, PushObjectResponse, MAX_BODY),
     Operation("pull-object", PullObjectRequest, PullObjectResponse),
     Operation(
         "confirm-message-received", ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse
@@ -159,11 +169,15 @@ def refusal(status: int, why: str) -> Answer:
 class Judge(Protocol):
     """Who looks at the calls."""
 
-    async def before(self, call: Call) -> Answer | None:
-        """An answer instead of the SuperLink's, None to pass the call on.
+    async def greet(self, call: Call) -> Answer | None:
+        """An answer before the call's body is read, None to read it; ``call.body`` is empty yet.
 
-        A ``BadInput`` raised here or in ``after`` answers 400.
+        A ``BadInput`` raised here or below answers 400.
         """
+        ...
+
+    async def before(self, call: Call) -> Answer | None:
+        """An answer instead of the SuperLink's, None to pass the call on."""
         ...
 
     async def after(self, call: Call, answer: Answer) -> Answer:
@@ -173,6 +187,10 @@ class Judge(Protocol):
 
 class LetThrough:
     """Lets every fleet call through."""
+
+    async def greet(self, call: Call) -> Answer | None:  # noqa: ARG002  # the protocol's
+        """Read it."""
+        return None
 
     async def before(self, call: Call) -> Answer | None:  # noqa: ARG002  # the protocol's
         """Pass it on."""
@@ -198,6 +216,7 @@ class Upstream:
             base_url=f"https://{address}",
             verify=verify,
             limits=limits,
+            headers={"accept-encoding": "identity"},
             timeout=httpx.Timeout(UPSTREAM_S, connect=5.0),
             trust_env=False,  # no proxy in between
         )
@@ -226,7 +245,7 @@ def _is_passed_on(header: str) -> bool:
 
 async def _answer_of(response: httpx.Response) -> Answer:
     body = bytearray()
-    async for piece in response.aiter_bytes():
+    async for piece in response.aiter_raw():  # a packed answer could unpack to gigabytes
         body += piece
         if len(body) > MAX_ANSWER:
             return refusal(502, f"the coordinator's answer has more than {MAX_ANSWER} bytes")
@@ -243,6 +262,7 @@ class Relay:
         self._upstream = upstream
         self._judge = judge
         self._max_body = max_body
+        self._under_way = Counter[str]()  # calls, by the key that they show
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -254,7 +274,7 @@ class Relay:
             if answer is None:
                 return
             # what is still unread of a refused body cannot stay in the connection
-            close = {"connection": "close"} if answer.status == 413 else None
+            close = {"connection": "close"} if answer.status in HANGS_UP else None
             response = Response(answer.body, answer.status, close, media_type=answer.media_type)
             await response(scope, receive, send)
 
@@ -263,14 +283,35 @@ class Relay:
         operation = OPERATIONS.get(request.url.path)
         if operation is None or request.method != "POST":
             return refusal(404, "there is nothing here")
-        body = await _body(request, self._max_body)
-        if body is None:
-            return refusal(413, f"a call has at most {self._max_body} bytes")
-        call = Call(operation, dict(request.headers), body)
+        call = Call(operation, dict(request.headers), b"")
         try:
-            return await _while_connected(request, self._judged(call))
+            return await self._judge.greet(call) or await self._counted(request, call)
         except BadInput as error:
             return refusal(400, str(error))
+
+    async def _counted(self, request: Request, call: Call) -> Answer | None:
+        """The answer, unless the same key has too many calls under way."""
+        key = call.headers.get(KEY_HEADER, "")
+        if self._under_way[key] >= CALLS_OF_ONE:
+            return refusal(429, f"{CALLS_OF_ONE} calls are under way already; come again later")
+        self._under_way[key] += 1
+        try:
+            return await self._read(request, call)
+        finally:
+            self._under_way[key] -= 1
+            if not self._under_way[key]:
+                del self._under_way[key]
+
+    async def _read(self, request: Request, call: Call) -> Answer | None:
+        limit = min(self._max_body, call.operation.max_body)
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await _body(request, limit)
+        except TimeoutError:
+            return refusal(408, f"the body did not come within {BODY_S:g} s")
+        if body is None:
+            return refusal(413, f"a {call.operation.name} has at most {limit} bytes")
+        return await _while_connected(request, self._judged(replace(call, body=body)))
 
     async def _judged(self, call: Call) -> Answer:
         if (answer := await self._judge.before(call)) is not None:
@@ -333,6 +374,8 @@ class RelayServer:
             lifespan="off",
             ws="none",
             log_config=None,
+            http=_PromptConnection,  # h11 beneath: httptools would collect headers without end
+            h11_max_incomplete_event_size=MAX_HEADERS,
             timeout_keep_alive=30,  # longer than a node's pause between polls
             timeout_graceful_shutdown=10,
         )
@@ -354,6 +397,8 @@ class RelayServer:
             self._server.config.load()
         except (OSError, ssl.SSLError) as error:
             raise BadSetting(f"cannot serve with this certificate: {error}") from error
+        assert self._server.config.ssl is not None
+        self._server.config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not self._task.done():
             await asyncio.sleep(0.005)
@@ -368,6 +413,18 @@ class RelayServer:
         self._server.should_exit = True
         await self.wait()
         self._socket.close()
+
+
+class _PromptConnection(H11Protocol):
+    """Hangs up on who connects and sends no whole headers: each such costs a file and memory."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(FIRST_REQUEST_S, self._require_request)
+
+    def _require_request(self) -> None:
+        if self.scope is None:
+            self.transport.close()
 
 
 class _QuietServer(uvicorn.Server):

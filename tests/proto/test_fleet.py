@@ -1,7 +1,9 @@
 """The relay against an upstream in this process, over real TLS."""
 
 import asyncio
+import gzip
 import socket
+import ssl
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,7 +27,9 @@ from starlette.types import Receive, Scope, Send
 
 from fedia3.errors import BadInput, Conflict
 from fedia3.proto.fleet import (
+    CALLS_OF_ONE,
     OPERATIONS,
+    SMALL_CALL,
     Answer,
     Call,
     Judge,
@@ -136,8 +140,6 @@ def relayed(
 
 def node(certificate: Certificate, port: int) -> httpx.AsyncClient:
     """A node's HTTP client."""
-    import ssl  # noqa: PLC0415  # only here
-
     verify = ssl.create_default_context(cadata=certificate.pem)
     return httpx.AsyncClient(base_url=f"https://localhost:{port}", verify=verify)
 
@@ -189,6 +191,20 @@ def test_only_post_is_a_call(certificate: Certificate) -> None:
     """
     twin = SuperLinkTwin()
     assert relayed(certificate, twin, lambda c: c.get(PULL)).status_code == 404
+
+
+def test_only_objects_may_be_large(certificate: Certificate) -> None:
+    """
+    Everything else is small, so a large one is an attack.
+    """
+    twin, large = SuperLinkTwin(), b"x" * (SMALL_CALL + 1)
+    for name, status in (("push-object", 200), ("pull-messages", 413), ("push-messages", 413)):
+        path = f"/v1/fleet/{name}"
+        response = relayed(
+            certificate, twin, lambda c, to=path: c.post(to, content=large), max_body=1 << 20
+        )
+        assert response.status_code == status
+    assert [path for path, _, _ in twin.seen] == ["/v1/fleet/push-object"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -287,6 +303,161 @@ def test_a_judge_may_answer_itself(certificate: Certificate) -> None:
     refused = relayed(certificate, twin, lambda c: c.post(PULL, content=POLL), AnswersItself())
     assert (answered.status_code, refused.status_code) == (200, 401)
     assert twin.seen == []
+
+
+class KnowsOneKey(LetThrough):
+    async def greet(self, call: Call) -> Answer | None:
+        return None if call.key == b"key" else refusal(401, "who are you?")
+
+
+def head(path: str, key: bytes, size: int) -> bytes:
+    """A request's first bytes: its body is announced and does not come."""
+    shown = b64encode(key).decode()
+    lines = (
+        f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {size}",
+        f"flwr-public-key: {shown}",
+    )  # fmt: skip
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def dialled(
+    certificate: Certificate, port: int, **versions: ssl.TLSVersion
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to a relay."""
+    trusted = ssl.create_default_context(cadata=certificate.pem)
+    for name, version in versions.items():
+        setattr(trusted, name, version)
+    return await asyncio.open_connection("localhost", port, ssl=trusted)
+
+
+def test_a_stranger_is_refused_before_its_body_is_read(certificate: Certificate) -> None:
+    """
+    Or a thousand strangers' bodies would fill the memory; then the relay hangs up.
+    """
+
+    async def scenario() -> bytes:
+        relay = Relay(Upstream("127.0.0.1:1", certificate.pem), KnowsOneKey())
+        async with served(relay, certificate) as port:
+            reader, writer = await dialled(certificate, port)
+            writer.write(head("/v1/fleet/push-object", b"nobody's", 5_000_000))
+            answer = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return answer
+
+    answer = asyncio.run(scenario())
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert answer.endswith(b"who are you?")
+
+
+def test_one_key_has_only_so_many_calls_under_way(certificate: Certificate) -> None:
+    """
+    Bodies that never end come to few megabytes a key; who called less is let in.
+    """
+
+    async def scenario() -> list[bytes]:
+        relay = Relay(Upstream("127.0.0.1:1", certificate.pem), LetThrough())
+        async with served(relay, certificate) as port:
+            open_calls = [await dialled(certificate, port) for _ in range(CALLS_OF_ONE + 1)]
+            for _, writer in open_calls:
+                writer.write(head("/v1/fleet/push-object", b"key", 1000))
+            lines = [asyncio.create_task(reader.readline()) for reader, _ in open_calls]
+            answered, _ = await asyncio.wait(lines, return_when=asyncio.FIRST_COMPLETED)
+            reader, others = await dialled(certificate, port)
+            others.write(head("/v1/fleet/push-object", b"other key", 4) + b"1234")
+            other = await reader.readline()
+            for end in (others, *(writer for _, writer in open_calls)):
+                end.close()
+            return [*(line.result() for line in answered), other]
+
+    refused, other = asyncio.run(scenario())
+    assert refused.startswith(b"HTTP/1.1 429")
+    assert other.startswith(b"HTTP/1.1 502")  # behind the relay there is nobody
+
+
+def test_a_body_that_does_not_come_is_given_up(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    408, and the connection is closed.
+    """
+    monkeypatch.setattr("fedia3.proto.fleet.BODY_S", 0.05)
+
+    async def scenario() -> bytes:
+        relay = Relay(Upstream("127.0.0.1:1", certificate.pem), LetThrough())
+        async with served(relay, certificate) as port:
+            reader, writer = await dialled(certificate, port)
+            writer.write(head(PULL, b"key", 1000) + b"some")
+            answer = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return answer
+
+    assert asyncio.run(scenario()).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: loc"])
+def test_a_connection_without_a_request_is_closed(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """
+    Whoever opens thousands and says nothing, or never ends a line, does not keep them.
+    """
+    monkeypatch.setattr("fedia3.proto.fleet.FIRST_REQUEST_S", 0.05)
+
+    async def scenario() -> bytes:
+        relay = Relay(Upstream("127.0.0.1:1", certificate.pem), LetThrough())
+        async with served(relay, certificate) as port:
+            reader, writer = await dialled(certificate, port)
+            writer.write(sent)
+            rest = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return rest
+
+    assert asyncio.run(scenario()) == b""
+
+
+def test_headers_without_end_are_refused(certificate: Certificate) -> None:
+    """
+    They are not collected: the relay hangs up after a few kilobytes.
+    """
+
+    async def scenario() -> bytes:
+        relay = Relay(Upstream("127.0.0.1:1", certificate.pem), LetThrough())
+        async with served(relay, certificate) as port:
+            reader, writer = await dialled(certificate, port)
+            writer.write(head(PULL, b"key", 0)[:-2] + b"x: y\r\n" * 20_000)
+            answer = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return answer
+
+    assert asyncio.run(scenario()).startswith(b"HTTP/1.1 400")
+
+
+def test_the_door_speaks_tls_1_3_alone(certificate: Certificate) -> None:
+    """
+    Both ends are ours, so nothing older is needed.
+    """
+
+    async def scenario() -> None:
+        async with served(SuperLinkTwin(), certificate) as port:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await dialled(certificate, port, maximum_version=ssl.TLSVersion.TLSv1_2)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_is_not_unpacked(certificate: Certificate) -> None:
+    """
+    A few packed kilobytes could become gigabytes: packed or not, they are passed on as they came.
+    """
+
+    class Packs(SuperLinkTwin):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            packed = {"content-encoding": "gzip"}
+            await Response(self.body, headers=packed)(scope, receive, send)
+
+    bomb = gzip.compress(b"\0" * (32 << 20))
+    response = relayed(certificate, Packs(body=bomb), lambda c: c.post(PULL, content=POLL))
+    assert (response.status_code, response.content) == (200, bomb)
 
 
 class ReadsEverything(LetThrough):
