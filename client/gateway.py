@@ -8,7 +8,7 @@ the coordinator need not be asked, and knows when the coordinator last answered.
 import logging
 import re
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -26,7 +26,7 @@ from flwr.proto.fab_pb2 import GetFabResponse
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.run_pb2 import GetRunResponse
 from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.primitives.asymmetric import sign_message
+from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 
 from fedia3.client.device import write_private
 from fedia3.client.thin_fab import VERSION, app_id, require_thin
@@ -164,12 +164,21 @@ class ClockedUpstream(Upstream):
         return answer
 
     def _timed(self, call: Call) -> Call:
-        if not self._offset:
+        if not self._offset or not self._is_nodes(call):
             return call
         stamp = (self._now() + self._offset).isoformat()
         signature = b64encode(sign_message(self._key, stamp.encode())).decode()
         signed = {TIMESTAMP_HEADER: stamp, FLEET_HTTP_SIGNATURE_HEADER: signature}
         return replace(call, headers={**call.headers, **signed})
+
+    def _is_nodes(self, call: Call) -> bool:
+        """Whether the node has signed it: others on this machine may find the gateway too."""
+        try:
+            signature = b64decode(call.headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+        except (KeyError, ValueError):
+            return False
+        stamp = call.headers.get(TIMESTAMP_HEADER, "").encode()
+        return verify_signature(self._key.public_key(), stamp, signature)
 
     def _has_learned(self, answer: Answer) -> bool:
         """Whether the coordinator's time is another than was thought."""

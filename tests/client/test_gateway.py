@@ -335,3 +335,32 @@ def test_a_wrong_clock_is_told_right_by_the_coordinators(
                 await way.close()
 
     assert asyncio.run(sent()) == [200, 200]
+
+
+def test_the_clock_is_told_right_for_the_nodes_own_calls_alone(tmp_path: Path, authority: Issued):
+    """
+    Whoever else on this machine finds the gateway: it lends nobody the node's signature.
+    """
+    off, other = timedelta(hours=1), ec.generate_private_key(ec.SECP384R1())
+
+    def forged(signer: ec.EllipticCurvePrivateKey, signed: str, shown: str) -> Call:
+        signature = b64encode(sign_message(signer, signed.encode())).decode()
+        headers = {"flwr-timestamp": shown, "flwr-signature": signature}
+        return Call(OPERATIONS[PREFIX + "pull-messages"], headers, b"")
+
+    async def sent() -> list[int]:
+        async with fleet(tmp_path, authority, strict_about_time) as server:
+            way = ClockedUpstream(
+                f"localhost:{server.port}",
+                authority.certificate,
+                KEY,
+                now=lambda: datetime.now(UTC) + off,
+            )
+            now = (datetime.now(UTC) + off).isoformat()
+            calls = [forged(KEY, now, now), forged(other, now, now), forged(KEY, "then", now)]
+            try:
+                return [(await way.send(call)).status for call in calls]
+            finally:
+                await way.close()
+
+    assert asyncio.run(sent()) == [200, 401, 401]
