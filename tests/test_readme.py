@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -14,8 +15,15 @@ from fedia3.cli import app
 from fedia3.client.data import read_jsonl
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/data.md", "docs/base-models.md")
-WRITTEN = (*PAGES, *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/adr").glob("*.md")))
+PAGES = (
+    "README.md", "docs/data.md", "docs/base-models.md", "docs/deploy.md", "docs/devices.md",
+)  # fmt: skip
+WRITTEN = (
+    "README.md", "CHANGELOG.md", "benchmarks/README.md",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")),
+)  # fmt: skip
+FOLDERS = ("proto", "adapters", "coordinator", "client", "simulations", "src/fedia3")
+UNITS = ("docs/deploy/coordinator.service", "docs/devices.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -49,7 +57,7 @@ def commands(page: str) -> list[str]:
 
 def parse(command: str) -> None:
     """Read a command line as the program would, without running it."""
-    words = shlex.split(command, comments=True)[1:]
+    words = shlex.split(command.partition(" > ")[0], comments=True)[1:]
     current: click.Command = typer.main.get_command(app)
     while isinstance(current, click.Group):
         assert words, f"{command!r} ends before a command"
@@ -76,6 +84,14 @@ def test_the_tree_leaves_nothing_out() -> None:
     assert top - {path.split("/")[0] for path in tree_paths()} == set()
 
 
+def test_the_tree_leaves_no_module_out() -> None:
+    """Each module has its line; generated code has none."""
+    here = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    modules = {str(path.relative_to(ROOT)) for path in here}
+    unnamed = {path for path in modules if re.search(r"__init__|_pb2", path)}
+    assert sorted(modules - unnamed - tree_paths()) == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_exist(page: str) -> None:
     """Each command in a shell block is one the program takes, with options that it has."""
@@ -94,13 +110,40 @@ def test_a_command_that_does_not_exist_is_noticed(command: str) -> None:
         parse(command)
 
 
-@pytest.mark.parametrize("page", [*WRITTEN, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", UNITS)
+def test_a_service_manager_starts_a_command_that_exists(page: str) -> None:
+    """What a systemd unit starts is a command line that the program takes."""
+    (started,) = re.findall(r"^ExecStart=\S*/(fedia3 .*)$", (ROOT / page).read_text(), re.M)
+    parse(started)
+
+
+@pytest.mark.parametrize("page", WRITTEN)
 def test_the_links_lead_somewhere(page: str) -> None:
-    """Each relative link and picture is a file or folder of the project."""
-    targets = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
+    """Each relative link and picture is a file or folder of the project, or a heading in one."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
     local = [target for target in targets if "://" not in target]
-    folder = (ROOT / page).parent
-    assert [target for target in local if not (folder / target).exists()] == []
+    assert [target for target in local if not leads_somewhere(ROOT / page, target)] == []
+
+
+def leads_somewhere(page: Path, target: str) -> bool:
+    """Whether a relative link's file is there, and the heading in it that it names."""
+    name, _, anchor = target.partition("#")
+    path = page.parent / name if name else page
+    if not anchor:
+        return path.exists()
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_two_of_the_demo_users_make_a_deployment(tmp_path: Path) -> None:
+    """What README's "Deploy" writes is text that two devices learn from."""
+    (code,) = re.findall(
+        r"^python - <<'END'\n([^`]*?)^END$", (ROOT / "README.md").read_text(), re.M
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for user in ("alice", "bob"):
+        dataset = read_jsonl(tmp_path / f"{user}.jsonl", owner=user)
+        assert len(dataset.examples[user]) == 40
 
 
 def test_the_rows_of_the_data_page_can_be_read(tmp_path: Path) -> None:
