@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedia3.coordinator.records import Contribution
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.rounds import Fleet, RoundPlan, RoundResult, run_rounds
 from fedia3.errors import QuorumNotMet
+from fedia3.processes import birth
 
 CLIENTS_WITHIN_S = 60.0  # for as many devices as a round needs
 LOOK_EVERY_S = 1.0
@@ -197,28 +199,27 @@ class ServerAppProcess:
 
     run_id: int
     pid: int
-    made_at: float  # s since 1970, as psutil tells; a later process may have the same pid
+    birth: str  # a later process may have the same pid
 
     @property
     def is_alive(self) -> bool:
         """Whether it still runs."""
         try:
-            process = psutil.Process(self.pid)
-            is_same = process.create_time() == self.made_at
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
+            is_same = birth(self.pid) == self.birth
+            return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
     def kill(self) -> None:
         """End it, if it still runs."""
-        if self.is_alive:
-            psutil.Process(self.pid).kill()
+        with suppress(psutil.Error):  # it just ended
+            if self.is_alive:
+                psutil.Process(self.pid).kill()
 
 
 def note_process(config: CoordinatorConfig, run_id: int) -> None:
     """Write down that this process runs the run."""
-    made_at = psutil.Process().create_time()
-    facts = asdict(ServerAppProcess(run_id, os.getpid(), made_at))
+    facts = asdict(ServerAppProcess(run_id, os.getpid(), birth(os.getpid()) or ""))
     write_private(_process_file(config), json.dumps(facts).encode())
 
 

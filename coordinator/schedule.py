@@ -92,7 +92,8 @@ def _lost(running: Running, now_ms: int) -> Stop | None:
     """A run that is over although Flower does not know it yet."""
     if running.process is not None and not running.is_alive:
         return Stop(running.run.run_id, "its process died")
-    if running.process is None and now_ms - running.asked_ms > STARTS_WITHIN_S * 1000:
+    # either way: the clock may have been set back since
+    if running.process is None and abs(now_ms - running.asked_ms) > STARTS_WITHIN_S * 1000:
         return Stop(running.run.run_id, f"it did not start within {STARTS_WITHIN_S:g} s")
     return None
 
@@ -103,10 +104,16 @@ def _reason_to_wait(now: Situation, rounds: RoundsConfig) -> str:
         return "paused by the operator"
     if now.online < rounds.min_clients:
         return f"{now.online} of {rounds.min_clients} devices are online"
-    if now.now_ms < now.not_before_ms:
-        return f"the last run failed; trying again in {_seconds(now.not_before_ms - now.now_ms)}"
+    if pause_ms := _pause_ms(now):
+        return f"the last run failed; trying again in {_seconds(pause_ms)}"
     left_ms = 0 if is_requested else _until_due_ms(now, rounds)
     return f"the next round is due in {_seconds(left_ms)}" if left_ms else ""
+
+
+def _pause_ms(now: Situation) -> int:
+    """What is left of the pause after a failed run; a longer one says that the clock was set."""
+    left_ms = now.not_before_ms - now.now_ms
+    return left_ms if 0 < left_ms <= LONGEST_PAUSE_S * 1000 else 0
 
 
 def _until_due_ms(now: Situation, rounds: RoundsConfig) -> int:
@@ -167,6 +174,7 @@ class Scheduler:
         directory: the operator's word, the devices.
         process: the process that last ran a run.
         now_ms: this machine's clock.
+        never_started: told of a run that nobody began, before the next is asked for.
     """
 
     def __init__(
@@ -179,10 +187,12 @@ class Scheduler:
         process: Callable[[], ServerAppProcess | None],
         now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
         log: logging.Logger | None = None,
+        never_started: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._app, self._link = config, app, link
         self._registry, self._directory, self._process = registry, directory, process
-        self._now_ms = now_ms
+        self._now_ms, self._never_started = now_ms, never_started
+        self._is_clean = False  # no run goes on that this scheduler does not know
         self._log = log or logging.getLogger(__name__)
         self._run_id: int | None = None
         self._asked_ms = 0
@@ -195,12 +205,10 @@ class Scheduler:
 
     async def run(self, until: asyncio.Event) -> None:
         """Look every second, until somebody sets the event."""
-        is_clean = False
         while not until.is_set():
             try:
-                if not is_clean:
+                if not self._is_clean:
                     await asyncio.to_thread(self.end_old_runs)
-                    is_clean = True
                 await asyncio.to_thread(self.look)
             except Unreachable as error:
                 self._tell(f"the SuperLink is away: {error}")
@@ -211,14 +219,15 @@ class Scheduler:
             await _until_or(until, LOOK_EVERY_S)
 
     def end_old_runs(self) -> None:
-        """End what an earlier scheduler left: two runs at once would only waste devices' time."""
+        """End what an earlier scheduler left, or a lost answer: two runs at once waste work."""
         for run in self._link.runs():
             if run.state != "finished":
-                self._log.info("ending run %d, which an earlier coordinator left", run.run_id)
+                self._log.info("ending run %d, which nobody here waits for", run.run_id)
                 self._link.stop_run(run.run_id)
         if process := self._process():
             process.kill()
         self._directory.open_round(None)
+        self._is_clean = True
 
     def look(self) -> Step:
         """Take one step; which one."""
@@ -232,6 +241,8 @@ class Scheduler:
                 self._start(rounds, last)
             case Stop(run_id, reason):
                 self._stop(run_id, reason)
+                if self._process_of(run_id) is None:
+                    self._never_started()
         return step
 
     def _situation(self, last: RoundRecord | None, running: Running | None) -> Situation:
@@ -255,8 +266,7 @@ class Scheduler:
         if run.state == "finished":
             self._settle(run, last)
             return None
-        process = self._process()
-        own = process if process and process.run_id == run.run_id else None
+        own = self._process_of(run.run_id)
         return Running(run, self._asked_ms, own, is_alive=own is not None and own.is_alive)
 
     def _online(self) -> int:
@@ -285,22 +295,31 @@ class Scheduler:
             pause_s = min(FIRST_PAUSE_S * 2 ** (self._failures - 1), LONGEST_PAUSE_S)
             self._not_before_ms = self._now_ms() + round(pause_s * 1000)
             self._log.warning("run %d ended (%s) without a round", run.run_id, run.ended_with)
+            self._kill_process_of(run.run_id)
         self._run_id = None
 
     def _start(self, rounds: int, last: RoundRecord | None) -> None:
         self._round_before = None if last is None else last.round_num
+        self._is_clean = False  # it may be started and the answer be lost
         self._run_id = self._link.start_run(self._app, rounds)
+        self._is_clean = True
         self._asked_ms = self._now_ms()
         self._log.info("started run %d of up to %d rounds", self._run_id, rounds)
         self._tell("")
 
     def _stop(self, run_id: int, reason: str) -> None:
         self._log.warning("ending run %d: %s", run_id, reason)
-        process = self._process()
-        if process and process.run_id == run_id:
-            process.kill()
+        self._kill_process_of(run_id)
         self._link.stop_run(run_id)
         self._directory.open_round(None)
+
+    def _process_of(self, run_id: int) -> ServerAppProcess | None:
+        process = self._process()
+        return process if process and process.run_id == run_id else None
+
+    def _kill_process_of(self, run_id: int) -> None:
+        if process := self._process_of(run_id):
+            process.kill()
 
     def _tell(self, reason: str) -> None:
         """Keep the reason where the service finds it; log it where it is another one."""

@@ -16,7 +16,15 @@ import psutil
 import pytest
 
 from fedia3.errors import NotFound
-from fedia3.processes import MARK, Backoff, Part, Supervisor, end_leftovers, read_statuses
+from fedia3.processes import (
+    MARK,
+    Backoff,
+    Part,
+    Supervisor,
+    birth,
+    end_leftovers,
+    read_statuses,
+)
 
 AT_ONCE = Backoff(first_s=0.01, longest_s=0.02)
 SLEEPS = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
@@ -172,6 +180,124 @@ def test_a_part_is_up_when_its_check_says_so(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_part_that_answers_no_more_is_started_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    It lives, but its check fails for too long: it is killed, and the log says why.
+    """
+    answers = True
+
+    async def ready() -> bool:
+        return answers
+
+    async def scenario() -> None:
+        nonlocal answers
+        async with supervised(tmp_path, part(tmp_path, ready=ready, hung_s=0.1)) as supervisor:
+            assert await supervisor.wait_ready(20)
+            before = supervisor.status("sleeper").pid or 0
+            answers = False
+            await until(lambda: supervisor.status("sleeper").restarts)
+            answers = True
+            assert await supervisor.wait_ready(20)
+            assert not is_alive(before)
+            assert supervisor.status("sleeper").last_exit == "no answer for 0.1 s"
+
+    asyncio.run(scenario())
+    assert "sleeper lives, but gave no answer for 0.1 s; killing it" in caplog.messages
+
+
+def test_a_check_that_fails_now_and_then_ends_nothing(tmp_path: Path) -> None:
+    """
+    Only silence without a break counts.
+    """
+    asked = 0
+
+    async def ready() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 3 == 0
+
+    async def scenario() -> None:
+        async with supervised(tmp_path, part(tmp_path, ready=ready, hung_s=60)) as supervisor:
+            assert await supervisor.wait_ready(20)
+            assert supervisor.status("sleeper").restarts == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_check_that_hangs_or_breaks_is_no_answer(tmp_path: Path) -> None:
+    """
+    The part is ended as if the check had said no.
+    """
+
+    async def breaks() -> bool:
+        raise FileNotFoundError("ca.pem")
+
+    async def hangs() -> bool:
+        await asyncio.sleep(600)
+        return True
+
+    async def scenario() -> None:
+        parts = [
+            part(tmp_path, name=check.__name__, ready=check, hung_s=0.1)
+            for check in (breaks, hangs)
+        ]
+        async with supervised(tmp_path, *parts) as supervisor:
+            await until(lambda: all(status.restarts for status in supervisor.statuses()))
+
+    asyncio.run(scenario())
+
+
+def test_a_part_that_was_ended_for_a_reason_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    Whoever finds that a part does its work no more may have it started again.
+    """
+
+    async def scenario() -> None:
+        async with supervised(tmp_path, part(tmp_path)) as supervisor:
+            assert await supervisor.wait_ready(20)
+            supervisor.kill_part("sleeper", "it starts no runs")
+            await until(lambda: supervisor.status("sleeper").restarts)
+            assert supervisor.status("sleeper").last_exit == "it starts no runs"
+
+    asyncio.run(scenario())
+    assert "sleeper: it starts no runs; killing it" in caplog.messages
+
+
+def test_a_stop_that_was_given_up_is_taken_up_by_the_next(tmp_path: Path) -> None:
+    """
+    What was asked to end and not waited for is not forgotten.
+    """
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('x', flush=True)\n"
+
+    async def scenario() -> None:
+        stubborn = part(tmp_path, sys.executable, "-S", "-c", deaf + "time.sleep(600)")
+        supervisor = Supervisor([stubborn], tmp_path / "parts.json")
+        await supervisor.start()
+        await until(lambda: first_line(tmp_path / "sleeper.log"))
+        pid = supervisor.status("sleeper").pid or 0
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(supervisor.stop_part("sleeper", grace_s=600), 0.1)
+        await supervisor.stop(grace_s=0.05)
+        assert not is_alive(pid)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system has no such clock")
+def test_a_process_is_the_same_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The system tells when it was booted by the clock of now, so that this moves with it.
+    """
+    before, told = birth(os.getpid()), psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: told + 3600)
+    assert birth(os.getpid()) == before
+    assert birth(2**22 + 1) is None
+
+
 def test_stopping_ends_the_whole_group(tmp_path: Path) -> None:
     """
     What a part started itself goes with it.
@@ -302,7 +428,7 @@ def test_a_recycled_pid_is_left_alone(tmp_path: Path) -> None:
     """
     stranger = subprocess.Popen(SLEEPS, start_new_session=True)
     try:
-        entry = {"name": "old", "state": "running", "pid": stranger.pid, "started": 1.0}
+        entry = {"name": "old", "state": "running", "pid": stranger.pid, "started": "1"}
         (tmp_path / "parts.json").write_text(json.dumps({"mark": "m", "parts": [entry]}))
         assert end_leftovers(tmp_path / "parts.json") == []
         assert stranger.poll() is None
@@ -317,8 +443,7 @@ def test_a_part_left_behind_is_ended_and_named(tmp_path: Path) -> None:
     """
     left = subprocess.Popen(SLEEPS, start_new_session=True, env={**os.environ, MARK: "m"})
     try:
-        made = psutil.Process(left.pid).create_time()
-        entry = {"name": "old", "state": "running", "pid": left.pid, "started": made}
+        entry = {"name": "old", "state": "running", "pid": left.pid, "started": birth(left.pid)}
         (tmp_path / "parts.json").write_text(json.dumps({"mark": "m", "parts": [entry]}))
         (line,) = end_leftovers(tmp_path / "parts.json")
         assert line == f"ended process {left.pid} that an earlier old left"

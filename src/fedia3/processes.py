@@ -30,8 +30,9 @@ State = Literal["stopped", "starting", "running", "waiting"]
 
 MARK = "FEDIA3_SUPERVISOR"  # in a part's environment: whose it is
 READY_EVERY_S = 0.2
+LOOK_EVERY_S = 10.0  # at a part that is up
+ANSWERS_WITHIN_S = 10.0  # for one look
 LOG_BYTES = 16 << 20  # of a part's log; the piece before it is kept beside it
-SAME_START_S = 0.02  # psutil's creation times of one process may differ by clock ticks
 PR_SET_PDEATHSIG = 1
 
 Report = Callable[[], None]
@@ -61,6 +62,7 @@ class Part:
     log: Path  # what it prints, appended
     env: Mapping[str, str] = field(default_factory=dict)  # beside the supervisor's own
     ready: Callable[[], Awaitable[bool]] | None = None  # asked until it says yes
+    hung_s: float | None = None  # without a yes for so long it is killed; None: asked once
     backoff: Backoff = Backoff()
     grace_s: float | None = None  # to end by itself, where it is less than the supervisor's
 
@@ -72,7 +74,7 @@ class PartStatus:
     name: str
     state: State = "stopped"
     pid: int | None = None
-    started: float | None = None  # when the process was made, s since 1970
+    started: str | None = None  # the process's birth
     restarts: int = 0
     last_exit: str = ""  # "signal 9", "status 1"
 
@@ -132,6 +134,14 @@ class Supervisor:
         """
         await self._keeper(name).stop(grace_s)
 
+    def kill_part(self, name: str, reason: str) -> None:
+        """End a part that lives and does its work no more; it is started again.
+
+        Raises:
+            NotFound: there is no such part.
+        """
+        self._keeper(name).kill(reason, f"{name}: {reason}; killing it")
+
     async def wait_ready(self, timeout_s: float, only: Collection[str] | None = None) -> bool:
         """Whether these parts run within ``timeout_s``; None: all."""
         wanted = [k for name, k in self._keepers.items() if only is None or name in only]
@@ -181,6 +191,7 @@ class _Keeper:
         self._log = log
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._killed_for = ""
 
     def start(self) -> None:
         if self._task is None:
@@ -189,15 +200,22 @@ class _Keeper:
 
     async def stop(self, grace_s: float) -> None:
         task, self._task = self._task, None
-        if task is None:
-            return
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        if self._process is not None:
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self._process is not None:  # also of a stop that was given up
             await self._end(self._process, min(grace_s, self._part.grace_s or grace_s))
             self._process = None
-        self._tell(state="stopped", pid=None, started=None)
+        if self.status.state != "stopped":
+            self._tell(state="stopped", pid=None, started=None)
+
+    def kill(self, reason: str, line: str) -> None:
+        """End this life; the next one begins when its time comes."""
+        if self._process is not None:
+            self._log.warning("%s", line)
+            self._killed_for = reason
+            _signal_group(self._process.pid, signal.SIGKILL)
 
     def _lost(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
@@ -224,7 +242,8 @@ class _Keeper:
             self._process = process = await _spawn(self._part, self._mark)
         except OSError as error:
             return f"no start ({error.strerror}: {self._part.command[0]})"
-        self._tell(state="starting", pid=process.pid, started=_made_at(process.pid))
+        self._killed_for = ""
+        self._tell(state="starting", pid=process.pid, started=birth(process.pid))
         watching = asyncio.create_task(self._watch(time.monotonic()))
         try:
             await process.wait()
@@ -232,18 +251,38 @@ class _Keeper:
             watching.cancel()
         self._process = None
         _signal_group(process.pid, signal.SIGKILL)  # what it left behind
-        return _named_exit(process.returncode)
+        return self._killed_for or _named_exit(process.returncode)
 
     async def _watch(self, born: float) -> None:
-        """Say when it is ready, then keep its log small."""
-        while self._part.ready is not None and not await self._part.ready():
+        """Say when it is ready, then keep its log small and see that it answers."""
+        while not await self._answers():
+            self._require_answer(born)
             await asyncio.sleep(READY_EVERY_S)
         self._tell(state="running")
         self._log.info("%s is up after %.1f s", self._part.name, time.monotonic() - born)
+        heard = time.monotonic()
         while True:
-            await asyncio.sleep(60)
+            await asyncio.sleep(min(LOOK_EVERY_S, (self._part.hung_s or LOOK_EVERY_S) / 4))
             with contextlib.suppress(OSError):
                 _keep_small(self._part.log)
+            if self._part.hung_s is None or await self._answers():
+                heard = time.monotonic()
+            self._require_answer(heard)
+
+    async def _answers(self) -> bool:
+        if self._part.ready is None:
+            return True
+        within_s = min(ANSWERS_WITHIN_S, self._part.hung_s or ANSWERS_WITHIN_S)
+        try:
+            return await asyncio.wait_for(self._part.ready(), within_s)
+        except (OSError, TimeoutError):
+            return False
+
+    def _require_answer(self, heard: float) -> None:
+        hung_s = self._part.hung_s
+        if hung_s is not None and time.monotonic() - heard > hung_s:
+            silence = f"no answer for {hung_s:g} s"
+            self.kill(silence, f"{self._part.name} lives, but gave {silence}; killing it")
 
     async def _end(self, process: asyncio.subprocess.Process, grace_s: float) -> None:
         _signal_group(process.pid, signal.SIGTERM)
@@ -304,8 +343,9 @@ def _keep_small(path: Path) -> None:
     """Move a log that grew too long aside; its writer goes on in the emptied file."""
     if path.stat().st_size > LOG_BYTES:
         older = path.with_name(f"{path.name}.1")
-        older.write_bytes(path.read_bytes())
-        older.chmod(0o600)
+        older.unlink(missing_ok=True)
+        with os.fdopen(os.open(older, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(path.read_bytes())
         os.truncate(path, 0)
 
 
@@ -318,10 +358,20 @@ def _named_exit(code: int | None) -> str:
     return f"signal {-code}" if code is not None and code < 0 else f"status {code}"
 
 
-def _made_at(pid: int) -> float | None:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).create_time()
-    return None
+def birth(pid: int) -> str | None:
+    """What tells this process from every other that has or had its number; None: there is none.
+
+    On Linux the boot and the clock ticks since: times of day move when the clock is set.
+    """
+    try:
+        if sys.platform == "linux":
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            # behind the name, which is in brackets and may hold anything
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return f"{boot} {fields[19]}"
+        return str(psutil.Process(pid).create_time())
+    except (OSError, psutil.Error):
+        return None
 
 
 def read_statuses(path: Path) -> tuple[PartStatus, ...]:
@@ -353,8 +403,9 @@ def _read(path: Path) -> tuple[str, tuple[PartStatus, ...]]:
 def end_leftovers(status_file: Path) -> list[str]:
     """Kill what a supervisor that is gone left running; a line about each.
 
-    A process is only killed for what it is: started when the file says, or carrying that
-    supervisor's mark. A number that the system has given to somebody else since proves nothing.
+    A process is only killed for what it is: the one whose birth the file has, or one that carries
+    that supervisor's mark. A number that the system has given to somebody else since proves
+    nothing.
     """
     mark, statuses = _read(status_file)
     lines = []
@@ -377,7 +428,5 @@ def _left_of(status: PartStatus, mark: str) -> Iterator[psutil.Process]:
 
 
 def _is_left(process: psutil.Process, status: PartStatus, mark: str) -> bool:
-    is_part = process.pid == status.pid
-    if is_part and status.started is not None:
-        return abs(process.create_time() - status.started) <= SAME_START_S
-    return process.environ().get(MARK) == mark
+    is_part = process.pid == status.pid and birth(process.pid) == status.started
+    return is_part or process.environ().get(MARK) == mark

@@ -2,11 +2,11 @@
 
 import asyncio
 import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fedia3.adapters.adapter import Adapter
@@ -29,6 +29,7 @@ from fedia3.coordinator.schedule import (
 from fedia3.coordinator.stores.memory_directory import MemoryDirectory
 from fedia3.coordinator.superlink import Node, Run
 from fedia3.errors import NotFound, Unreachable
+from fedia3.processes import birth
 from fedia3.proto.app import App
 
 BACK_TO_BACK = RoundsConfig()  # runs of 20, two devices
@@ -37,7 +38,7 @@ IDLE = Situation(now_ms=10_000_000, control=RoundControl(), last_round_ms=None, 
 LAST = replace(IDLE, last_round_ms=9_000_000)  # 1000 s ago
 PAUSED = RoundControl(paused=True)
 ASKED = RoundControl(run_requested_ms=1)
-MINE = ServerAppProcess(7, pid=1, made_at=0.0)
+MINE = ServerAppProcess(7, pid=1, birth="")
 GOES = Running(Run(7, "running"), asked_ms=9_999_000, process=MINE, is_alive=True)
 
 
@@ -60,6 +61,7 @@ GOES = Running(Run(7, "running"), asked_ms=9_999_000, process=MINE, is_alive=Tru
             BACK_TO_BACK,
             Wait("the last run failed; trying again in 5 s"),
         ),
+        (replace(IDLE, not_before_ms=10_000_000 + 86_400_000), BACK_TO_BACK, Start(20)),
         (replace(IDLE, running=GOES), BACK_TO_BACK, Wait("")),
         (replace(IDLE, running=GOES, control=PAUSED), BACK_TO_BACK, Wait("")),
         (
@@ -73,12 +75,18 @@ GOES = Running(Run(7, "running"), asked_ms=9_999_000, process=MINE, is_alive=Tru
             BACK_TO_BACK,
             Stop(7, "it did not start within 60 s"),
         ),
+        (
+            replace(IDLE, running=Running(Run(7, "pending"), 96_400_000)),
+            BACK_TO_BACK,
+            Stop(7, "it did not start within 60 s"),
+        ),
     ],
 )  # fmt: skip
 def test_the_next_step(situation: Situation, rounds: RoundsConfig, step: Step) -> None:
     """
     Due, enough devices, not paused: start. The operator's request overrides plan and pause, and
-    never the number of devices. A run goes on until its process dies.
+    never the number of devices. A run goes on until its process dies. A clock that was set back by
+    a day makes nobody wait for a day.
     """
     assert next_step(situation, rounds) == step
 
@@ -95,6 +103,7 @@ class SuperLinkTwin:
     started: list[int] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     is_down: bool = False
+    loses_answers: bool = False  # it starts runs, and nobody hears of it
 
     def nodes(self) -> tuple[Node, ...]:
         self._require_up()
@@ -108,6 +117,8 @@ class SuperLinkTwin:
         run_id = len(self.states) + 1
         self.states[run_id] = "pending"
         self.started.append(rounds)
+        if self.loses_answers:
+            raise Unreachable("no answer in time")
         return run_id
 
     def stop_run(self, run_id: int) -> None:
@@ -135,6 +146,7 @@ class Stage:
         self.link, self.directory = SuperLinkTwin(), directory()
         self.registry = Registry.in_memory()
         self.process: ServerAppProcess | None = None
+        self.never_started = 0
         self.now_ms = 1_000_000
         self.config = CoordinatorConfig(folder, ServiceConfig(("a",), "tiny"), rounds)
         self.scheduler = Scheduler(
@@ -145,7 +157,11 @@ class Stage:
             self.directory,
             lambda: self.process,
             lambda: self.now_ms,
+            never_started=self._count,
         )
+
+    def _count(self) -> None:
+        self.never_started += 1
 
     def commits(self, round_num: int) -> None:
         schema = Schema("f" * 64, (Target("m", "k", 2),))
@@ -194,13 +210,65 @@ def test_a_run_whose_process_died_is_ended_and_another_started(tmp_path: Path) -
     stage = Stage(tmp_path)
     stage.scheduler.look()
     stage.link.states[1] = "running"
-    stage.process = ServerAppProcess(1, pid=2**22 + 1, made_at=0.0)
+    stage.process = ServerAppProcess(1, pid=2**22 + 1, birth="")
     stage.directory.open_round(OpenRound(1, ("a" * 32,), 10**15))
     assert stage.scheduler.look() == Stop(1, "its process died")
     assert stage.directory.round_control().open_round is None
     assert stage.scheduler.look() == Wait("the last run failed; trying again in 1 s")
     stage.now_ms += 1000
     assert stage.scheduler.look() == Start(20)
+
+
+def test_a_run_that_never_starts_is_told(tmp_path: Path) -> None:
+    """
+    Whoever starts runs hangs, perhaps; one whose process died did start.
+    """
+    stage = Stage(tmp_path)
+    stage.scheduler.look()
+    stage.now_ms += 61_000
+    assert stage.scheduler.look() == Stop(1, "it did not start within 60 s")
+    assert stage.never_started == 1
+    stage.scheduler.look()
+    stage.now_ms += 1000
+    stage.scheduler.look()
+    stage.process = ServerAppProcess(2, pid=2**22 + 1, birth="")
+    assert stage.scheduler.look() == Stop(2, "its process died")
+    assert stage.never_started == 1
+
+
+def test_a_run_that_failed_leaves_no_process_behind(tmp_path: Path) -> None:
+    """
+    One that hung, and that Flower gave up, must not go on beside the next run's.
+    """
+    stage = Stage(tmp_path)
+    stage.scheduler.look()
+    with subprocess.Popen(["sleep", "600"]) as hung:
+        stage.process = ServerAppProcess(1, hung.pid, birth(hung.pid) or "")
+        stage.link.stop_run(1)
+        stage.scheduler.look()
+        assert hung.wait(10) == -9
+
+
+def test_a_run_whose_start_nobody_heard_of_is_ended(tmp_path: Path) -> None:
+    """
+    Else it would go on beside the next one, and one of the two would waste the devices' work.
+    """
+    stage = Stage(tmp_path)
+    stage.link.loses_answers = True
+
+    async def scenario() -> None:
+        until = asyncio.Event()
+        loop = asyncio.create_task(stage.scheduler.run(until))
+        while not stage.link.started:
+            await asyncio.sleep(0.01)
+        stage.link.loses_answers = False
+        while len(stage.link.started) < 2:
+            await asyncio.sleep(0.01)
+        until.set()
+        await loop
+
+    asyncio.run(scenario())
+    assert stage.link.states == {1: "finished", 2: "pending"}
 
 
 def test_runs_that_fail_in_a_row_are_repeated_ever_later(tmp_path: Path) -> None:
@@ -279,11 +347,11 @@ def test_a_superlink_that_is_down_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_process_is_told_from_a_later_one_with_its_pid() -> None:
     """
-    Pid and creation time together name a process.
+    Pid and birth together name a process.
     """
-    here = psutil.Process()
-    assert ServerAppProcess(1, os.getpid(), here.create_time()).is_alive
-    assert not ServerAppProcess(1, os.getpid(), here.create_time() - 100).is_alive
+    here = birth(os.getpid()) or ""
+    assert ServerAppProcess(1, os.getpid(), here).is_alive
+    assert not ServerAppProcess(1, os.getpid(), here + "0").is_alive
 
 
 def test_a_disk_that_refuses_does_not_end_the_schedule(tmp_path: Path) -> None:
