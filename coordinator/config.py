@@ -126,6 +126,11 @@ class CoordinatorConfig:
         """host:port of the SuperLink, for this machine only."""
         return f"127.0.0.1:{self.coordinator.superlink_port}"
 
+    def local_address(self, port: int) -> str:
+        """host:port by which this machine reaches what listens on ``bind``."""
+        bind = self.coordinator.bind
+        return _address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind), port)
+
     @property
     def registry(self) -> Path:
         """Adapters, rounds and devices: ``registry.db`` beside ``blobs/``."""

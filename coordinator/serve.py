@@ -11,9 +11,12 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 
 from fedia3.adapters.base_store import BaseStore
+from fedia3.coordinator.answers import proxy_answers, service_answers, superlink_answers
 from fedia3.coordinator.campaign import noted_process
 from fedia3.coordinator.certificates import ends_at
 from fedia3.coordinator.config import CoordinatorConfig
@@ -25,7 +28,6 @@ from fedia3.coordinator.setup import renew_certificate, serving_alone
 from fedia3.coordinator.superlink import (
     ControlLink,
     flower_environment,
-    is_up,
     superexec_command,
     superlink_command,
 )
@@ -37,6 +39,7 @@ DRAIN_S = 10.0  # for what is under way when the coordinator stops
 READY_S = 60.0  # until something is said of a part that does not come up
 RENEWED_EVERY_S = 12 * 3600.0
 BACKOFF = Backoff(first_s=0.5, longest_s=15.0, healthy_s=30.0)
+HUNG_S = 60.0  # a part that does not answer for so long is killed and started again
 SHOWS_CERTIFICATE = ("superlink", "proxy", "service")
 
 logger = logging.getLogger("fedia3.serve")
@@ -59,39 +62,24 @@ def parts_of(config: CoordinatorConfig) -> tuple[Part, ...]:
     """The parts in the order in which they are started."""
     flower = flower_environment(config)
 
-    async def superlink_is_up() -> bool:
-        return await is_up(config)
-
     def flower_part(name: str, command: tuple[str, ...], **options: object) -> Part:
         log = config.logs / f"{name}.log"
         return Part(name, command, log, flower, backoff=BACKOFF, **options)  # type: ignore[arg-type]
 
+    # it waits long for open connections, and loses nothing when it is killed: it has a database
+    watched = {"ready": partial(superlink_answers, config), "hung_s": HUNG_S, "grace_s": 2.0}
     return (
-        # it waits long for open connections, and loses nothing when it is killed: it has a database
-        flower_part("superlink", superlink_command(config), ready=superlink_is_up, grace_s=2.0),
-        flower_part("superexec", superexec_command(config)),
-        _own_part(config, "proxy", config.coordinator.fleet_port),
-        _own_part(config, "service", config.coordinator.grpc_port),
+        flower_part("superlink", superlink_command(config), **watched),
+        flower_part("superexec", superexec_command(config)),  # the scheduler sees whether it works
+        _own_part(config, "proxy", partial(proxy_answers, config)),
+        _own_part(config, "service", partial(service_answers, config)),
     )
 
 
-def _own_part(config: CoordinatorConfig, name: str, port: int) -> Part:
+def _own_part(config: CoordinatorConfig, name: str, ready: Callable[[], Awaitable[bool]]) -> Part:
     command = (sys.executable, "-m", "fedia3.coordinator.parts", name, "--config", str(config.file))
-
-    async def listens() -> bool:
-        return await _answers(config.coordinator.bind, port)
-
-    return Part(name, command, config.logs / f"{name}.log", ready=listens, backoff=BACKOFF)
-
-
-async def _answers(bind: str, port: int) -> bool:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
-    try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 1.0)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
+    log = config.logs / f"{name}.log"
+    return Part(name, command, log, ready=ready, hung_s=HUNG_S, backoff=BACKOFF)
 
 
 async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
@@ -104,7 +92,7 @@ async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
     logger.info("starting the coordinator in %s", config.folder)
     await supervisor.start()
     chores = [
-        asyncio.create_task(_schedule(config, until)),
+        asyncio.create_task(_schedule(config, supervisor, until)),
         asyncio.create_task(_say_when_up(config, supervisor)),
         asyncio.create_task(_renew(config, supervisor)),
     ]
@@ -142,7 +130,14 @@ def _has_open_round(directory: Directory) -> bool:
     return opened is not None and opened.until_ms > datetime.now(UTC).timestamp() * 1000
 
 
-async def _schedule(config: CoordinatorConfig, until: asyncio.Event) -> None:
+async def _schedule(
+    config: CoordinatorConfig, supervisor: Supervisor, until: asyncio.Event
+) -> None:
+    loop = asyncio.get_running_loop()
+
+    def never_started() -> None:  # in the scheduler's thread
+        loop.call_soon_threadsafe(supervisor.kill_part, "superexec", "it started no run in time")
+
     with (
         Registry.open(config.registry) as registry,
         contextlib.closing(open_directory(config.registry)) as directory,
@@ -150,7 +145,10 @@ async def _schedule(config: CoordinatorConfig, until: asyncio.Event) -> None:
     ):
         process = lambda: noted_process(config)  # noqa: E731  # read at every look
         app = await asyncio.to_thread(thin_app)
-        await Scheduler(config, app, link, registry, directory, process, log=logger).run(until)
+        scheduler = Scheduler(
+            config, app, link, registry, directory, process, log=logger, never_started=never_started
+        )
+        await scheduler.run(until)
 
 
 async def _say_when_up(config: CoordinatorConfig, supervisor: Supervisor) -> None:

@@ -95,17 +95,6 @@ def superexec_command(config: CoordinatorConfig) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-async def is_up(config: CoordinatorConfig) -> bool:
-    """Whether the SuperLink answers."""
-    verify = ssl.create_default_context(cafile=config.ca)
-    try:
-        async with httpx.AsyncClient(verify=verify, trust_env=False, timeout=2.0) as client:
-            response = await client.get(f"https://{config.superlink_address}/health")
-    except httpx.HTTPError:
-        return False
-    return response.status_code == httpx.codes.OK
-
-
 class ControlLink:
     """What the coordinator tells its SuperLink.
 

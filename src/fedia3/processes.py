@@ -62,9 +62,9 @@ class Part:
     log: Path  # what it prints, appended
     env: Mapping[str, str] = field(default_factory=dict)  # beside the supervisor's own
     ready: Callable[[], Awaitable[bool]] | None = None  # asked until it says yes
-    hung_s: float | None = None  # without a yes for so long it is killed; None: asked once
     backoff: Backoff = Backoff()
     grace_s: float | None = None  # to end by itself, where it is less than the supervisor's
+    hung_s: float | None = None  # without a yes for so long it is killed; None: asked once
 
 
 @dataclass(frozen=True)

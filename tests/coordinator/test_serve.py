@@ -39,12 +39,12 @@ def eventually(holds: Callable[[], object], what: str) -> None:
 class Served:
     """``fedia3 coordinator serve`` and what it says."""
 
-    def __init__(self, config: CoordinatorConfig) -> None:
+    def __init__(self, config: CoordinatorConfig, before: str = "") -> None:
         self.config = config
         self.said = config.folder / f"said-{time.monotonic_ns()}"
         with self.said.open("ab") as out:
             self.process = psutil.Popen(
-                [sys.executable, "-c", "from fedia3.cli import main; main()",
+                [sys.executable, "-c", f"{before}\nfrom fedia3.cli import main; main()",
                  "coordinator", "serve", "--config", str(config.folder)],
                 stderr=out, stdout=out,
             )  # fmt: skip
@@ -80,9 +80,12 @@ class Served:
 
 
 @contextmanager
-def served(config: CoordinatorConfig) -> Iterator[Served]:
-    """The coordinator, up; stopped the hard way if the test did not stop it."""
-    coordinator = Served(config)
+def served(config: CoordinatorConfig, before: str = "") -> Iterator[Served]:
+    """The coordinator, up; stopped the hard way if the test did not stop it.
+
+    ``before`` is run in its process first.
+    """
+    coordinator = Served(config, before)
     try:
         eventually(lambda: coordinator.says("all parts are up"), "all parts up")
         yield coordinator
@@ -106,6 +109,26 @@ def test_every_part_comes_back_by_itself(new_coordinator: NewCoordinator, tmp_pa
             )
             assert coordinator.says(f"{name} ended with signal 9; starting it again in 0.5 s")
             eventually(coordinator.answers, "the service's answer")
+
+
+def test_a_part_that_hangs_is_started_again(
+    new_coordinator: NewCoordinator, tmp_path: Path
+) -> None:
+    """
+    Its process lives and its port is open, but nobody answers: after a while it is killed.
+    """
+    soon = "import fedia3.coordinator.serve as serve; serve.HUNG_S = 8.0"
+    with served(new_coordinator(tmp_path), soon) as coordinator:
+        hung = {name: coordinator.pid(name) for name in ("superlink", "proxy", "service")}
+        for pid in hung.values():
+            os.kill(pid, signal.SIGSTOP)
+        for name, pid in hung.items():
+            eventually(
+                lambda name=name, pid=pid: coordinator.all_run and coordinator.pid(name) != pid,
+                f"{name} back",
+            )
+            assert coordinator.says(f"{name} lives, but gave no answer for 8 s; killing it")
+        eventually(coordinator.answers, "the service's answer")
 
 
 def test_sigterm_ends_everything_and_a_kill_leaves_nothing_in_the_way(

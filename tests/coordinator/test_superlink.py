@@ -13,11 +13,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.run_pb2 import Run as FlowerRun
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
+from fedia3.coordinator.answers import superlink_answers
 from fedia3.coordinator.config import CoordinatorConfig
 from fedia3.coordinator.superlink import (
     ControlLink,
     flower_environment,
-    is_up,
     superexec_command,
     superlink_command,
 )
@@ -90,7 +90,7 @@ def test_a_superlink_that_is_down_is_unreachable(
     Every call says so.
     """
     config = new_coordinator(tmp_path)
-    assert asyncio.run(is_up(config)) is False
+    assert asyncio.run(superlink_answers(config)) is False
     with closing(ControlLink(config, timeout_s=1.0)) as link:
         with pytest.raises(Unreachable):
             link.nodes()
@@ -114,7 +114,7 @@ def flower(
     config = new_coordinator(tmp_path_factory.mktemp("flower"))
 
     async def up() -> bool:
-        return await is_up(config)
+        return await superlink_answers(config)
 
     part = Part(
         "superlink", superlink_command(config), config.logs / "superlink.log",
