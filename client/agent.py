@@ -92,6 +92,12 @@ def is_due(kept: KeptPart | None, now: Grown, *, is_asked: bool, rested: bool) -
     return is_asked or (rested and grown != now)
 
 
+def silent_since(missed_ms: int | None, heard_ms: int | None) -> int | None:
+    """Since when a coordinator is silent: not any more where it was heard after it was missed."""
+    is_back = missed_ms is not None and heard_ms is not None and heard_ms > missed_ms
+    return None if is_back else missed_ms
+
+
 class Agent:
     """One device at work.
 
@@ -162,14 +168,14 @@ class Agent:
         )
 
     async def _close(self) -> None:
+        with suppress(Fedia3Error):  # a full disk must not keep it from ending
+            self._tell()  # as it was while it worked
         if self._upkeep is not None:
             self._upkeep.close()
         await self._trainer.rest()  # first: who waits for it in a thread is let go
         await self._jobs.end()
         await self._leave_fleet()
         self._bytes.save()
-        with suppress(Fedia3Error):  # a full disk must not keep it from ending
-            self._tell()
 
     async def _tick(self) -> None:
         """One look at everything. Nothing that goes wrong here ends the agent."""
@@ -465,10 +471,12 @@ class Agent:
         if self._enrolment is None:
             return None
         upkeep, keeper = self._upkeep, self._keeper
-        silent = keeper.silent_since_ms or (upkeep.silent_since_ms if upkeep else None)
+        silent_ms = keeper.silent_since_ms
+        if silent_ms is None and upkeep is not None:
+            silent_ms = silent_since(upkeep.silent_since_ms, keeper.heard_ms)
         return Coordinator(
             self._enrolment.address,
-            silent_since_ms=silent,
+            silent_since_ms=silent_ms,
             shut_out=upkeep.shut_out if upkeep else None,
             withheld=self._withheld,
         )

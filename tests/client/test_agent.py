@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedia3.client.agent import Grown, aside, is_due
+from fedia3.client.agent import Grown, aside, is_due, silent_since
 from fedia3.client.device import DeviceFolder, Enrolment
 from fedia3.client.device_status import DeviceStatus
 from fedia3.client.personal_store import Judged, KeptPart
@@ -49,6 +49,19 @@ def test_a_part_is_due_after_a_new_global_or_new_text(
     Once the device has rested; its owner's word counts at once.
     """
     assert is_due(part, Grown("g1", "d1"), is_asked=is_asked, rested=rested) is due
+
+
+@pytest.mark.parametrize(
+    ("missed_ms", "heard_ms", "since_ms"),
+    [(None, None, None), (None, 5, None), (3, None, 3), (3, 2, 3), (3, 5, None)],
+)
+def test_a_coordinator_that_was_heard_again_is_not_silent(
+    missed_ms: int | None, heard_ms: int | None, since_ms: int | None
+):
+    """
+    A round that reached the device says so before the next look at everyone's adapter.
+    """
+    assert silent_since(missed_ms, heard_ms) == since_ms
 
 
 def test_work_aside_comes_back_with_its_result_or_its_error():
