@@ -126,6 +126,8 @@ class Rpcs:
                         await context.write(piece)
                 except TimeoutError as error:
                     raise Unreachable(f"the caller took nothing for {STALL_S:.0f} s") from error
+                except grpc.aio.InternalError as error:  # so gRPC calls a write that failed
+                    raise Unreachable("the caller hung up") from error
 
     async def _ahead(self, answers: Iterator[bytes]) -> AsyncGenerator[bytes]:
         """The answers; the next one is read while this one is sent."""

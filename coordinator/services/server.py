@@ -29,6 +29,7 @@ from fedia3.coordinator.services.enrolment import (
     NodeRegistrar,
     register_everyone,
 )
+from fedia3.coordinator.services.places import Places
 from fedia3.coordinator.services.rpcs import Rpcs
 from fedia3.errors import BadSetting, Fedia3Error
 from fedia3.proto.contract import SERVER_OPTIONS
@@ -95,6 +96,7 @@ class Service:
         )
         access = Access(directory, settings.limits, now_ms, time.monotonic)
         self._rpcs = Rpcs(self.handlers, access, self._last_seen, now_ms)
+        self.places = Places()
         self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._chores: list[asyncio.Task[None]] = []
@@ -105,7 +107,9 @@ class Service:
         Raises:
             BadSetting: the address is taken, or the certificate and its key do not fit.
         """
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        self._server = grpc.aio.server(
+            interceptors=[self.places], options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
+        )
         by_service = self._rpcs.by_service()
         self._server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(name, rpcs) for name, rpcs in by_service.items()]

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from fedia3.coordinator.certificates import make_authority
-from fedia3.coordinator.services import rpcs
+from fedia3.coordinator.services import places, rpcs
 from fedia3.coordinator.services.rpcs import MAX_STREAMS_OF_ONE, visible
 from fedia3.errors import (
     BadSetting,
@@ -33,6 +33,7 @@ from fedia3.proto import adapters_pb2, admin_pb2, base_models_pb2
 from fedia3.proto.caller import Caller
 from fedia3.proto.contract import MAX_MESSAGE, MAX_METADATA, METHODS
 from fedia3.proto.signing import TIME_HEADER, TOKEN_HEADER
+from fedia3.testing import CuttingProxy
 from fedia3.testing_service import EnrolledDevice, RunningService, paper_base, running_service
 
 STATUS = "/fedia3.v1.Admin/Status"
@@ -42,7 +43,9 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @contextmanager
-def channel(service: RunningService, ca: bytes | None = None) -> Iterator[grpc.Channel]:
+def channel(
+    service: RunningService, ca: bytes | None = None, address: str = ""
+) -> Iterator[grpc.Channel]:
     """A connection without limits of its own."""
     credentials = grpc.ssl_channel_credentials(ca or service.ca)
     options = [
@@ -51,7 +54,8 @@ def channel(service: RunningService, ca: bytes | None = None) -> Iterator[grpc.C
         ("grpc.http2.bdp_probe", 0),  # or the window grows until a whole file fits it
         ("grpc.http2.lookahead_bytes", 1 << 16),
     ]
-    with grpc.secure_channel(service.address, credentials, options=options) as opened:
+    place = address or service.address
+    with grpc.secure_channel(place, credentials, options=options) as opened:
         yield opened
 
 
@@ -337,6 +341,116 @@ def test_a_caller_that_takes_nothing_is_let_go(
         assert not service.service._rpcs._streams
         code, why = refused(lambda: list(stream))
     assert (code, why) == (grpc.StatusCode.UNAVAILABLE, "REASON_UNAVAILABLE")
+
+
+def test_a_caller_that_hangs_up_is_no_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    Whose connection is cut in the middle of a piece leaves no traceback in the log.
+    """
+    base = paper_base(tmp_path / "large", size=20_000_000)
+    with (
+        running_service(tmp_path / "service", base=base, in_memory=True) as service,
+        CuttingProxy(service.address) as way,
+    ):
+        anna = service.enrol("anna")
+        for _ in range(8):
+            way.cut_after(3_000_000)
+            place = way.address.replace("127.0.0.1", "localhost")
+            with channel(service, address=place) as opened, pytest.raises(grpc.RpcError):
+                list(stalled(opened, service, anna))
+    assert [record for record in caplog.records if record.exc_info] == []
+    assert "failed" not in caplog.text
+
+
+def held_open(opened: grpc.Channel, method: str, gate: threading.Event) -> grpc.Future:
+    """A call that has begun and whose request does not come before the gate is open."""
+
+    def request() -> Iterator[bytes]:
+        gate.wait(30)
+        yield b""
+
+    future: grpc.Future = opened.stream_unary(method).future(request())
+    return future
+
+
+def places_taken(service: RunningService, count: int) -> None:
+    """Wait until so many calls are under way."""
+    for _ in range(500):
+        if service.service.places.taken == count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"waited in vain for {count} calls under way")
+
+
+HELD = [STATUS, "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
+
+
+@pytest.mark.parametrize("method", HELD)
+def test_one_address_does_not_take_every_place(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """
+    Calls that begin and never go on are counted from their start, also those of other services.
+    """
+    monkeypatch.setattr(places, "PLACES_OF_ONE", 3)
+    gate = threading.Event()
+    with channel(service) as opened:
+        held = [held_open(opened, method, gate) for _ in range(3)]
+        places_taken(service, 3)
+        found = refused(lambda: opened.unary_unary(STATUS)(b"", timeout=5))
+        assert found == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REASON_TOO_MANY_CALLS")
+        for call in held:
+            call.cancel()
+        places_taken(service, 0)
+        opened.unary_unary(STATUS)(b"", timeout=5, metadata=shown(service.operator_token))
+        gate.set()
+
+
+@pytest.mark.parametrize("method", HELD)
+def test_a_request_that_does_not_come_is_not_waited_for(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """
+    Its call is ended, whether it says a deadline or not.
+    """
+    monkeypatch.setattr(places, "REQUEST_S", 0.1)
+    gate = threading.Event()
+    with channel(service) as opened:
+        found = refused(held_open(opened, method, gate).result)
+        gate.set()
+    assert found == (grpc.StatusCode.UNAVAILABLE, "REASON_UNAVAILABLE")
+
+
+def test_a_call_without_a_request_is_bad_input(service: RunningService) -> None:
+    """
+    It ends before anything came.
+    """
+    with channel(service) as opened:
+        call = opened.stream_unary(STATUS)
+        found = refused(lambda: call(iter(()), timeout=5))
+    assert found == (grpc.StatusCode.INVALID_ARGUMENT, "REASON_BAD_INPUT")
+
+
+def test_nobody_watches_for_ever(service: RunningService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A health watch and a reflection without a deadline end by themselves; both may begin anew.
+    """
+    monkeypatch.setattr(places, "NO_DEADLINE_S", 0.3)
+    gate = threading.Event()
+
+    def asks() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        gate.wait(30)
+        yield from ()
+
+    with channel(service) as opened:
+        watched = health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest())
+        assert next(watched).status == SERVING
+        assert refused(lambda: list(watched))[0] is grpc.StatusCode.UNAVAILABLE
+        reflected = reflection_pb2_grpc.ServerReflectionStub(opened).ServerReflectionInfo(asks())
+        assert refused(lambda: list(reflected))[0] is grpc.StatusCode.UNAVAILABLE
+        gate.set()
 
 
 def test_health_is_told_for_every_service(service: RunningService) -> None:
