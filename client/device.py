@@ -14,6 +14,7 @@ Only its owner reads it: files 0600, folders 0700. Whatever is replaced is repla
 import fcntl
 import json
 import os
+import re
 import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -35,7 +36,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedia3.adapters.base_store import default_home
+from fedia3.adapters.encoding import SHA256_HEX
 from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, StorageFailed
+from fedia3.proto.caller import checked_address
+
+KEY = 32  # bytes of an Ed25519 key
+MAX_NAME = 128  # characters
+_DEVICE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_TOKEN = re.compile(r"[!-~]{1,512}", re.ASCII)
 
 _OURS = {
     *("device.json", "ca.pem", "signing.key", "node.key", "adapters", "personal", "agent.lock"),
@@ -47,7 +55,13 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Enrolment:
-    """Who a device is to its coordinator; times are ms since 1970."""
+    """Who a device is to its coordinator; times are ms since 1970.
+
+    Most of it is the coordinator's word, and parts become paths, arguments and headers.
+
+    Raises:
+        BadInput: something cannot be what it stands for.
+    """
 
     address: str  # host:port of the coordinator
     fleet_address: str  # host:port of the Flower fleet
@@ -59,6 +73,22 @@ class Enrolment:
     token_expires_ms: int
     coordinator_keys: tuple[bytes, ...]  # Ed25519, raw; sign manifests and records
     base_digest: str  # of the base model that rounds train
+
+    def __post_init__(self) -> None:
+        checked_address(self.address)
+        checked_address(self.fleet_address)
+        is_sound = {
+            "device id": _DEVICE_ID.fullmatch(self.device_id),
+            "base model": SHA256_HEX.fullmatch(self.base_digest),
+            "token": _TOKEN.fullmatch(self.token),
+            "user": self.user.isprintable() and 0 < len(self.user) <= MAX_NAME,
+            "keys": self.coordinator_keys and all(len(k) == KEY for k in self.coordinator_keys),
+        }
+        if unsound := [name for name, holds in is_sound.items() if not holds]:
+            raise BadInput(
+                f"what {self.address} says of this device cannot be used ({', '.join(unsound)}); "
+                "tell its operator"
+            )
 
     def needs_renewal(self, now_ms: int) -> bool:
         """Whether half of the token's life is over."""

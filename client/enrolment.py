@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedia3.client.device import DeviceFolder, DeviceKeys, Enrolment
 from fedia3.errors import BadInput, Conflict
-from fedia3.proto.caller import TIMEOUT_S, Caller
+from fedia3.proto.caller import TIMEOUT_S, Caller, checked_ca
 from fedia3.proto.enrolment_pb2 import (
     BeginRequest,
     BeginResponse,
@@ -46,6 +46,7 @@ def enroll(
     Raises:
         Conflict: the folder is enrolled already.
         BadInvite: the code is unknown, used or over.
+        BadInput: what the coordinator answers cannot be used.
         Unreachable: the coordinator does not answer; ask again with the same code.
     """
     _require_new(folder)
@@ -70,7 +71,7 @@ def enroll(
         coordinator_keys=tuple(answer.coordinator_keys),
         base_digest=answer.base_digest,
     )
-    folder.keep(enrolment, answer.ca or ca)
+    folder.keep(enrolment, checked_ca(answer.ca) if answer.ca else ca)
     return enrolment
 
 

@@ -95,7 +95,7 @@ class Caller:
         self._timeout_s, self._now_ms, self._jitter = timeout_s, now_ms, jitter
         self._offset_ms = 0  # the coordinator's clock less ours, once it told us
         self._lock, self._closed = Lock(), Event()
-        credentials = grpc.ssl_channel_credentials(_checked_ca(ca))
+        credentials = grpc.ssl_channel_credentials(checked_ca(ca))
         self._channel = grpc.secure_channel(self.address, credentials, options=_OPTIONS)
 
     def __enter__(self) -> Self:
@@ -313,7 +313,12 @@ def checked_address(address: str) -> str:
     return address
 
 
-def _checked_ca(ca: bytes) -> bytes:
+def checked_ca(ca: bytes) -> bytes:
+    """An authority's PEM itself, once it holds a certificate.
+
+    Raises:
+        BadInput: it holds none.
+    """
     try:
         x509.load_pem_x509_certificates(ca)
     except ValueError as error:

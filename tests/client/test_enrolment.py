@@ -153,3 +153,46 @@ def test_no_code_is_no_code(service: RunningService, state: DeviceFolder):
     """
     with pytest.raises(BadInput, match="takes the code"):
         enroll(service.address, "- -", service.ca, state, "phone")
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("device_id", "../../etc"),
+        ("device_id", '" evil="1'),
+        ("base_digest", "../../../.config"),
+        ("base_digest", ""),
+        ("coordinator_keys", []),
+        ("coordinator_keys", [b"short"]),
+        ("fleet_address", "https://elsewhere"),
+        ("token", "with\nnewline"),
+        ("token", "x" * 5000),
+        ("user", "\x1b[2J"),
+        ("user", ""),
+        ("ca", b"no certificate"),
+    ],
+)
+def test_what_a_coordinator_answers_is_not_believed_unseen(
+    service: RunningService,
+    state: DeviceFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    told: Any,
+):
+    """
+    Parts of it become paths, arguments and headers; where one is no such thing, nothing is kept.
+    """
+    call = Caller.call
+
+    def lying(self: Caller, name: str, request: Any, answer: Any, **options: Any) -> Any:
+        answered = call(self, name, request, answer, **options)
+        if answer is CompleteResponse:
+            answered.ClearField(field)
+            answered.MergeFrom(CompleteResponse(**{field: told}))
+        return answered
+
+    monkeypatch.setattr(Caller, "call", lying)
+    with pytest.raises(BadInput):
+        enroll(service.address, service.invite("ann"), service.ca, state, "phone")
+    assert not state.is_enrolled
+    assert not state.ca_file.exists()
