@@ -74,9 +74,10 @@ def test_rounds_without_flower_load_neither_flower_nor_a_database():
     assert loaded_by("fedia3.coordinator.rounds").isdisjoint({"flwr", "sqlalchemy", *HEAVY})
 
 
-def test_the_thin_client_app_is_thin():
-    """Flower starts a process per message: it must load neither torch nor the coordinator."""
-    loaded = loaded_by("fedia3.client.flower")
+@pytest.mark.parametrize("module", ["agent", "flower", "executor"])
+def test_a_device_is_thin_around_its_trainer(module):
+    """What runs all day, and what answers messages, loads neither torch nor the coordinator."""
+    loaded = loaded_by(f"fedia3.client.{module}")
     assert "flwr" in loaded
     assert loaded.isdisjoint(HEAVY)
     assert not any(name.startswith("fedia3.coordinator") for name in loaded)

@@ -276,15 +276,3 @@ def test_an_enrolled_device_out_of_reach_of_its_coordinator_learns_alone(
     line = client.until(lambda s: s.line if s.line.startswith("offline") else None)
     assert "127.0.0.1:1 does not answer since" in line
     assert client.stop() == 0
-
-
-def test_the_agent_holds_no_model():
-    """
-    What runs all day on a device loads neither torch nor Flower's apps.
-    """
-    code = "import sys, fedia3.client.agent; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    ).stdout.split()
-    assert not {"torch", "transformers", "bitsandbytes", "sqlalchemy"} & set(loaded)
-    assert not any(name.startswith("fedia3.coordinator") for name in loaded)
