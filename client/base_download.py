@@ -28,8 +28,8 @@ from fedia3.adapters.manifest import (
     verify,
     write_manifest,
 )
-from fedia3.client.device import sync_folder
 from fedia3.errors import Corrupt, NotFound, StorageFailed, Unreachable
+from fedia3.private_files import sync_folder
 from fedia3.proto.base_models_pb2 import FilePiece, ReadFileRequest
 from fedia3.proto.caller import LONGEST_PAUSE_S, STALL_S, Caller
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedia3.client.device import write_private
 from fedia3.client.records import (
     AdapterVersion,
     TrustedKeys,
@@ -24,6 +23,7 @@ from fedia3.client.records import (
     require_bytes,
 )
 from fedia3.errors import Corrupt, Fedia3Error
+from fedia3.private_files import write_private
 from fedia3.proto.adapters_pb2 import FetchResponse
 
 

@@ -18,8 +18,8 @@ from threading import Lock
 
 import psutil
 
-from fedia3.client.device import write_private
 from fedia3.errors import BadSetting, StorageFailed
+from fedia3.private_files import write_private
 
 INPUT_AGE_S = 120.0  # an owner who has touched nothing for so long is away
 OTHERS_SHARE = 0.25  # of all processors; programs that use more are being waited for

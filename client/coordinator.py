@@ -12,7 +12,6 @@ of reach, or says what does not hold, the last good version answers, and ``fallb
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
 from fedia3.adapters.schema import Schema
 from fedia3.client.base_download import BaseDownload, Progress
 from fedia3.client.cache import AdapterCache, Good
-from fedia3.client.device import DeviceFolder, write_private
+from fedia3.client.device import DeviceFolder
 from fedia3.client.personal_store import KeptPart, PersonalStore, Shared
 from fedia3.client.records import (
     AdapterVersion,
@@ -46,6 +45,7 @@ from fedia3.client.records import (
     require_bytes,
 )
 from fedia3.client.renewal import Renewal
+from fedia3.clock import wall_ms
 from fedia3.errors import (
     BadInput,
     BadSignature,
@@ -56,6 +56,7 @@ from fedia3.errors import (
     Unreachable,
     WrongBaseModel,
 )
+from fedia3.private_files import write_private
 from fedia3.proto import adapters_pb2 as pb
 from fedia3.proto.base_models_pb2 import GetManifestRequest, SignedManifest
 from fedia3.proto.caller import TIMEOUT_S, Caller
@@ -165,7 +166,7 @@ class Coordinator:
         *,
         store: BaseStore | None = None,
         timeout_s: float = TIMEOUT_S,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        now_ms: Callable[[], int] = wall_ms,
     ) -> Self:
         """The coordinator that the device in ``state`` is enrolled with.
 

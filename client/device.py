@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import re
-import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +36,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedia3.adapters.base_store import default_home
 from fedia3.adapters.encoding import SHA256_HEX
-from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, StorageFailed
+from fedia3.errors import BadInput, BadSetting, Conflict, NotFound
+from fedia3.private_files import write_private
 from fedia3.proto.caller import checked_address
 
 KEY = 32  # bytes of an Ed25519 key
@@ -301,40 +301,6 @@ class DeviceFolder:
                 "read it; name a new folder with --state"
             )
         self.path.chmod(0o700)
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file whole or not at all; 0600, and on the disk when this returns.
-
-    Raises:
-        StorageFailed: the disk refused; the old file is as it was.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(aside).replace(path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise StorageFailed(
-            f"cannot write {path} ({error.strerror}); make room or fix the folder"
-        ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's names survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes:

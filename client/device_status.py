@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from fedia3.client.device import write_private
-from fedia3.errors import Corrupt, StorageFailed
+from fedia3.errors import Corrupt
+from fedia3.private_files import write_private
 
 ALONE = "learning on this device alone"
 SAME_START_S = 0.05  # two readings of one process's start differ by clock ticks at most
@@ -122,13 +122,7 @@ class DeviceStatus:
         Raises:
             StorageFailed: the disk refused.
         """
-        aside = path.with_name(f".{path.name}.new")
-        try:
-            aside.write_bytes(self.to_json())
-            aside.chmod(0o600)
-            aside.replace(path)
-        except OSError as error:
-            raise StorageFailed(f"cannot write {path} ({error.strerror}); make room") from error
+        write_private(path, self.to_json(), lasting=False)
 
     @classmethod
     def read(cls, path: Path) -> "DeviceStatus | None":

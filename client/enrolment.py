@@ -4,13 +4,13 @@ The keys are on the disk before anything is sent, so that a lost answer is asked
 same keys and costs nothing.
 """
 
-import time
 from collections.abc import Callable
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedia3.client.device import DeviceFolder, DeviceKeys, Enrolment
+from fedia3.clock import wall_ms
 from fedia3.errors import BadInput, Conflict
 from fedia3.proto.caller import TIMEOUT_S, Caller, checked_ca
 from fedia3.proto.enrolment_pb2 import (
@@ -30,7 +30,7 @@ def enroll(
     device_name: str,
     *,
     timeout_s: float = TIMEOUT_S,
-    now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+    now_ms: Callable[[], int] = wall_ms,
 ) -> Enrolment:
     """Make the device in ``folder`` one of the user for whom ``code`` was made.
 

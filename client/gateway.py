@@ -28,9 +28,10 @@ from flwr.proto.run_pb2 import GetRunResponse
 from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 
-from fedia3.client.device import write_private
 from fedia3.client.thin_fab import VERSION, app_id, require_thin
+from fedia3.clock import wall_ms
 from fedia3.errors import BadInput
+from fedia3.private_files import write_private
 from fedia3.proto.fleet import Answer, Call, Relay, RelayServer, Upstream, refusal
 
 HTTP_BYTES = 250  # request line, status line and what the HTTP library adds, both ways
@@ -63,7 +64,7 @@ class Gatekeeper:
         withheld: Callable[[], str | None] = lambda: None,
         on_message: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        now_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self._count, self._withheld, self.on_message = count, withheld, on_message
         self._check_every_s, self._clock, self._now_ms = check_every_s, clock, now_ms

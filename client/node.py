@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from fedia3.client.device import DeviceFolder, Enrolment, write_private
+from fedia3.client.device import DeviceFolder, Enrolment
 from fedia3.client.gateway import Gatekeeper, Gateway
 from fedia3.client.trainer_socket import SOCKET_VARIABLE
+from fedia3.private_files import write_private
 from fedia3.processes import Backoff, Part, PartStatus, Supervisor
 
 AFTER_DEATH = Backoff(first_s=15.0, longest_s=30.0)  # until the old heartbeat's end it is refused

@@ -17,8 +17,8 @@ import numpy as np
 from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema
-from fedia3.client.device import write_private
 from fedia3.errors import BadInput
+from fedia3.private_files import write_private
 
 CURRENT, LAST, SHARED = "current.json", "last.json", "shared.json"
 

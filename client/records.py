@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 
 from fedia3.adapters.encoding import digest
 from fedia3.adapters.manifest import Manifest
-from fedia3.client.device import write_private
 from fedia3.errors import BadInput, BadSignature, Corrupt, WrongBaseModel
+from fedia3.private_files import write_private
 from fedia3.proto import adapters_pb2 as pb
 from fedia3.proto.base_models_pb2 import SignedManifest
 from fedia3.proto.signing import signed_bytes

@@ -36,6 +36,7 @@ from fedia3.client.trainer import (
 )
 from fedia3.client.trainer_settings import TrainerSettings, cores
 from fedia3.client.trainer_socket import Frame, FrameServer, TrainerStatus
+from fedia3.clock import wall_ms
 from fedia3.errors import BadData, BadInput
 
 NICENESS = 10  # whoever uses the machine comes first
@@ -249,7 +250,7 @@ class DeviceTrainer:
         self._note(
             rounds=self._status.rounds + 1,
             last_round=round_num,
-            last_round_ms=time.time_ns() // 10**6,
+            last_round_ms=wall_ms(),
             last_loss=loss if math.isfinite(loss) else None,
         )
 

@@ -5,9 +5,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fedia3.client.device import write_private
 from fedia3.client.splits import SplitPlan
 from fedia3.errors import BadSetting
+from fedia3.private_files import write_private
 
 
 @dataclass(frozen=True)

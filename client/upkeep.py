@@ -19,6 +19,7 @@ from fedia3.client.coordinator import Coordinator
 from fedia3.client.device import DeviceFolder
 from fedia3.client.personal_store import KeptPart, ones_digest
 from fedia3.client.records import TrustedKeys
+from fedia3.clock import wall_ms
 from fedia3.errors import Fedia3Error, NotAllowed, NotFound, Unreachable
 
 BASE_EVERY_S = 3600.0  # whether rounds train another base model now; its manifest may be long
@@ -58,7 +59,7 @@ class Upkeep:
         store: BaseStore,
         count: Callable[[int], None] = lambda _: None,
         may_go: Callable[[], bool] = lambda: True,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        now_ms: Callable[[], int] = wall_ms,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._store = folder, store

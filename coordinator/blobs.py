@@ -13,6 +13,7 @@ from typing import Protocol
 
 from fedia3.coordinator.records import checked_digest
 from fedia3.errors import BadSetting, Corrupt, NotFound, StorageFailed
+from fedia3.private_files import sync_folder
 
 _ASIDE = "tmp"
 
@@ -124,7 +125,7 @@ class FileBlobs:
                 self._write(path, data)
             # Also where the file was there already: whoever renamed it may have died before this.
             for folder in (path.parent, path.parent.parent, self._root):
-                _sync(folder)
+                sync_folder(folder)
         except OSError as error:
             raise StorageFailed(
                 f"cannot write an adapter of {len(data)} bytes to {self._root}: {error.strerror}; "
@@ -159,7 +160,7 @@ class FileBlobs:
         try:
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                _sync(path.parent)
+                sync_folder(path.parent)
         except OSError as error:
             raise StorageFailed(
                 f"cannot delete {path}: {error.strerror}; fix the folder and try again"
@@ -215,11 +216,3 @@ def _no_blob(digest: str) -> NotFound:
 def _read(path: Path) -> bytes:
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         return file.read()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

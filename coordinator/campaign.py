@@ -19,13 +19,14 @@ import psutil
 from fedia3.adapters.adapter import Adapter
 from fedia3.adapters.base_store import BaseStore
 from fedia3.adapters.manifest import read_manifest, schema
-from fedia3.coordinator.certificates import write_private
+from fedia3.clock import wall_ms
 from fedia3.coordinator.config import CoordinatorConfig, RoundsConfig
 from fedia3.coordinator.directory import Directory, OpenRound
 from fedia3.coordinator.records import Contribution
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.rounds import Fleet, RoundPlan, RoundResult, run_rounds
 from fedia3.errors import QuorumNotMet
+from fedia3.private_files import write_private
 from fedia3.processes import birth
 
 CLIENTS_WITHIN_S = 60.0  # for as many devices as a round needs
@@ -34,11 +35,6 @@ LOG_BYTES = 16 << 20
 
 Clock = Callable[[], int]  # ms since 1970
 Sleep = Callable[[float], None]
-
-
-def wall_ms() -> int:
-    """This machine's clock."""
-    return time.time_ns() // 10**6
 
 
 class Bookkeeper:

@@ -5,19 +5,17 @@ The servers' certificate is renewed from it, well before it ends, whenever the c
 and while it runs; the authority lasts as long as an installation.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_address
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedia3.errors import BadInput, StorageFailed
+from fedia3.errors import BadInput
 
 AUTHORITY_LASTS = timedelta(days=3652)
 SERVER_LASTS = timedelta(days=397)
@@ -104,24 +102,6 @@ def ends_at(certificate: bytes) -> datetime:
         return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
     except ValueError as error:
         raise BadInput(f"expected a PEM certificate: {error}") from error
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace ``path`` with ``data``, readable by its owner alone, at once or not at all.
-
-    Raises:
-        StorageFailed: the disk refused.
-    """
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        raise StorageFailed(f"cannot write {path}: {error.strerror}") from error
 
 
 def _authority(authority: Issued) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedia3.clock import wall_ms
 from fedia3.coordinator.directory import Directory, OpenRound, RoundControl
 from fedia3.coordinator.handed_objects import HandedObjects
 from fedia3.coordinator.last_seen import LastSeen
@@ -57,7 +58,7 @@ class Doorkeeper:
         limits: Limits = Limits(),
         held_s: float = HELD_S,
         now: Now = time.monotonic,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        now_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self._directory = directory
         self._app_digest = app_digest

@@ -21,6 +21,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
 from fedia3.adapters.update import TrainingPlan, TrainRequest
+from fedia3.clock import wall_ms
 from fedia3.coordinator.directory import Device
 from fedia3.coordinator.gate import Reply
 from fedia3.coordinator.rounds import Fleet
@@ -145,7 +146,7 @@ def _deployed(grid: Grid, context: Context) -> None:
         Registry.open(config.registry) as registry,
         closing(open_directory(config.registry)) as directory,
     ):
-        book = campaign.Bookkeeper(directory, config.rounds.deadline_s, log, campaign.wall_ms)
+        book = campaign.Bookkeeper(directory, config.rounds.deadline_s, log, wall_ms)
         fleet = FlowerFleet(
             grid,
             admitted=lambda nodes: enrolled(nodes, directory.enrolled()),

@@ -9,20 +9,20 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fedia3.clock import wall_ms
 from fedia3.coordinator.campaign import ServerAppProcess
-from fedia3.coordinator.certificates import write_private
 from fedia3.coordinator.config import CoordinatorConfig, RoundsConfig
 from fedia3.coordinator.directory import Device, Directory, RoundControl
 from fedia3.coordinator.records import RoundRecord
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.superlink import Node, Run
 from fedia3.errors import Conflict, Fedia3Error, NotFound, StorageFailed, Unreachable
+from fedia3.private_files import write_private
 from fedia3.proto.app import App
 
 LOOK_EVERY_S = 1.0
@@ -185,7 +185,7 @@ class Scheduler:
         registry: Registry,
         directory: Directory,
         process: Callable[[], ServerAppProcess | None],
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        now_ms: Callable[[], int] = wall_ms,
         log: logging.Logger | None = None,
         never_started: Callable[[], None] = lambda: None,
     ) -> None:

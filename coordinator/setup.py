@@ -21,13 +21,13 @@ from fedia3.coordinator.certificates import (
     is_due,
     make_authority,
     make_server_certificate,
-    write_private,
 )
 from fedia3.coordinator.config import FILE_NAME, CoordinatorConfig, read_config
 from fedia3.coordinator.directory import Token, open_directory
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.tokens import new_token, token_sha256
 from fedia3.errors import BadSetting, Conflict, Corrupt, NotFound
+from fedia3.private_files import write_private
 
 OPERATOR_LASTS = timedelta(days=3650)
 SETTINGS = """\

@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError, Message
 
+from fedia3.clock import wall_ms
 from fedia3.errors import (
     BadInput,
     BadSetting,
@@ -87,7 +88,7 @@ class Caller:
         token: str | None = None,
         signing_key: Ed25519PrivateKey | None = None,
         timeout_s: float = TIMEOUT_S,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 10**6,
+        now_ms: Callable[[], int] = wall_ms,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.address = checked_address(address)

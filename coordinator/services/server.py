@@ -14,6 +14,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from fedia3.adapters.base_store import BaseStore
+from fedia3.clock import wall_ms
 from fedia3.coordinator.access import Access, Limits
 from fedia3.coordinator.directory import Directory
 from fedia3.coordinator.last_seen import LastSeen
@@ -40,11 +41,6 @@ GRACE_S = 10.0  # how long calls under way may take once the service stops
 MAX_CALLS = 512  # under way at once
 FLUSH_S = 10.0  # between two notes of who was heard of
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before Flower is told of the devices again
-
-
-def wall_ms() -> int:
-    """This machine's clock, ms since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True)

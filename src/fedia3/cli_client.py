@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from fedia3.clock import wall_ms
 from fedia3.console import Json, err, out, print_json
 from fedia3.errors import NotFound, StorageFailed, Unreachable
 
@@ -208,7 +209,7 @@ def personalize(
             f"no client runs on {running.state_folder}; start it with `fedia3 client run --data "
             f"{shlex.quote(running.data)}`"
         )
-    asked_ms = time.time_ns() // 10**6
+    asked_ms = wall_ms()
     _wish(state, personalize_asked_ms=asked_ms)
     _tell_status(_wait_for(state, asked_ms, timeout), as_json=as_json)
 
@@ -228,7 +229,7 @@ def forget(
 
     folder = DeviceFolder(state)
     versions = forget_everywhere(folder) if everywhere else None
-    forgotten = here(folder, time.time_ns() // 10**6)
+    forgotten = here(folder, wall_ms())
     facts = {"files": forgotten.deleted, "left": list(forgotten.left), "versions": versions}
     there = "" if versions is None else f" and {versions} versions at the coordinator"
     text = f"forgot {forgotten.deleted} files{there}; paused: `fedia3 client resume` learns anew"

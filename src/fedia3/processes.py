@@ -15,7 +15,6 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,8 @@ from typing import IO, Any, Literal
 
 import psutil
 
-from fedia3.errors import NotFound
+from fedia3.errors import NotFound, StorageFailed
+from fedia3.private_files import write_private
 
 State = Literal["stopped", "starting", "running", "waiting"]
 
@@ -174,9 +174,9 @@ class Supervisor:
         try:
             _write_statuses(self._file, self._mark, self.statuses())
             self._disk_refused = False
-        except OSError as error:  # a full disk must not end what runs
+        except StorageFailed as error:  # a full disk must not end what runs
             if not self._disk_refused:
-                self._log.warning("cannot write %s: %s", self._file, error.strerror)
+                self._log.warning("%s", error)
             self._disk_refused = True
 
 
@@ -381,15 +381,7 @@ def read_statuses(path: Path) -> tuple[PartStatus, ...]:
 
 def _write_statuses(path: Path, mark: str, statuses: Sequence[PartStatus]) -> None:
     facts = {"mark": mark, "parts": [asdict(status) for status in statuses]}
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
-        try:
-            new.write(json.dumps(facts, indent=1).encode())
-            new.flush()
-            Path(new.name).replace(path)
-        except OSError:
-            Path(new.name).unlink()
-            raise
+    write_private(path, json.dumps(facts, indent=1).encode(), lasting=False)
 
 
 def _read(path: Path) -> tuple[str, tuple[PartStatus, ...]]:

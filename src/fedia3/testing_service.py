@@ -26,6 +26,7 @@ from fedia3.adapters.manifest import (
     write_manifest,
 )
 from fedia3.adapters.schema import Target
+from fedia3.clock import wall_ms
 from fedia3.coordinator.access import Limits
 from fedia3.coordinator.certificates import Issued, make_authority, make_server_certificate
 from fedia3.coordinator.directory import Device, Directory, Invite, Token, open_directory
@@ -33,7 +34,7 @@ from fedia3.coordinator.rates import Rate
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.services.admin import Supervision
 from fedia3.coordinator.services.enrolment import device_id_of
-from fedia3.coordinator.services.server import Service, ServiceSettings, wall_ms
+from fedia3.coordinator.services.server import Service, ServiceSettings
 from fedia3.coordinator.stores.memory_directory import MemoryDirectory
 from fedia3.coordinator.tokens import DAY_MS, INVITE_MS, code_sha256, new_code, new_token
 from fedia3.coordinator.tokens import token_sha256 as sha256_of

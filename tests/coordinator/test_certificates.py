@@ -15,9 +15,8 @@ from fedia3.coordinator.certificates import (
     is_due,
     make_authority,
     make_server_certificate,
-    write_private,
 )
-from fedia3.errors import BadInput, StorageFailed
+from fedia3.errors import BadInput
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -120,23 +119,3 @@ def test_a_key_of_another_authority_is_refused() -> None:
     mixed = Issued(make_authority(NOW).certificate, make_authority(NOW).key)
     with pytest.raises(BadInput, match="does not belong"):
         make_server_certificate(mixed, ["a"], NOW)
-
-
-def test_secrets_are_their_owners_alone(tmp_path: Path) -> None:
-    """
-    Mode 0600, also where a wider file was there before.
-    """
-    path = tmp_path / "secret"
-    path.write_bytes(b"old")
-    path.chmod(0o644)
-    write_private(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
-    """
-    The message says which file and why.
-    """
-    with pytest.raises(StorageFailed, match="No such file"):
-        write_private(tmp_path / "none" / "secret", b"x")

@@ -358,7 +358,8 @@ def test_a_disk_that_refuses_does_not_end_the_schedule(tmp_path: Path) -> None:
     """
     Why nothing happens cannot be noted, and rounds are started all the same.
     """
-    stage = Stage(tmp_path / "gone")
+    (tmp_path / "no-folder").write_bytes(b"")
+    stage = Stage(tmp_path / "no-folder")
     stage.link.online = ()
     assert isinstance(stage.scheduler.look(), Wait)
     stage.link.online = tuple(KEYS)
