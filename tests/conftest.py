@@ -32,9 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test sees or touches the base models of whoever runs it."""
-    folder = tmp_path_factory.mktemp("home")
+    yield from _at_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(nobodys_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What one file's tests download, those of another do not find."""
+    yield from _at_home(tmp_path_factory.mktemp("home"))
+
+
+def _at_home(folder: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDIA3_HOME", str(folder))
         yield folder

@@ -140,13 +140,10 @@ def test_a_host_is_a_name_or_an_address(tmp_path: Path, host: str) -> None:
         set_up(tmp_path, Setting(hosts=[host]), NOW)
 
 
-def test_a_base_of_ones_own_is_named_by_its_folder(
-    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_of_ones_own_is_named_by_its_folder(tmp_path: Path, toy_folder: Path) -> None:
     """
     One that is not in this machine's store is found where it lies.
     """
-    monkeypatch.setenv("FEDIA3_HOME", str(tmp_path / "home"))  # other tests keep the toy in theirs
     config = set_up(tmp_path, Setting(hosts=["a"], base=str(toy_folder)), NOW)
     assert config.coordinator.base == str(toy_folder.resolve())
 
