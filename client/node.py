@@ -19,6 +19,7 @@ from fedia3.client.gateway import Gatekeeper, Gateway
 from fedia3.client.trainer_socket import SOCKET_VARIABLE
 from fedia3.private_files import write_private
 from fedia3.processes import Backoff, Part, PartStatus, Supervisor
+from fedia3.proto import flower_process
 
 AFTER_DEATH = Backoff(first_s=15.0, longest_s=30.0)  # until the old heartbeat's end it is refused
 WAKE = signal.SIGURG  # an executor that is not ready for it ignores it
@@ -88,16 +89,7 @@ class Node:
 
 def flower_environment(home: Path, trainer: Path) -> Mapping[str, str]:
     """What Flower's processes are told; ``home`` is for Flower's own files."""
-    return {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        SOCKET_VARIABLE: str(trainer),
-        **SMALL,
-        "NO_PROXY": "localhost,127.0.0.1",  # their only peers
-        "no_proxy": "localhost,127.0.0.1",
-    }
+    return {**flower_process.environment(home), SOCKET_VARIABLE: str(trainer), **SMALL}
 
 
 SMALL: Mapping[str, str] = {

@@ -28,6 +28,7 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 
 from fedia3.coordinator.config import CONFIG_VARIABLE, CoordinatorConfig
 from fedia3.errors import Conflict, Fedia3Error, NotFound, Unreachable
+from fedia3.proto import flower_process
 from fedia3.proto.app import App
 
 CALL_S = 10.0  # for an answer of the SuperLink
@@ -57,13 +58,8 @@ class Run:
 def flower_environment(config: CoordinatorConfig) -> dict[str, str]:
     """What Flower's processes are started with, beside this process's environment."""
     return {
-        "FLWR_HOME": str(config.flower),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        **flower_process.environment(config.flower),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
         CONFIG_VARIABLE: str(config.file),
     }
 
