@@ -109,7 +109,8 @@ class FileBlobs:
 
     def __init__(self, root: Path) -> None:
         try:
-            (root / _ASIDE).mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (root, root / _ASIDE):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise BadSetting(
                 f"cannot keep adapters in {root}: {error.strerror}; choose a folder you can write"
@@ -183,7 +184,8 @@ class FileBlobs:
         return path.is_file() and _read(path) == data
 
     def _write(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (path.parent.parent, path.parent):  # parents of a mkdir get another mode
+            folder.mkdir(mode=0o700, exist_ok=True)
         descriptor, aside = tempfile.mkstemp(dir=self._root / _ASIDE)
         try:
             with os.fdopen(descriptor, "wb") as file:

@@ -52,6 +52,7 @@ def serve(config: CoordinatorConfig) -> None:
         Conflict: a coordinator is being served from this folder, or a port is taken.
         NotFound: the base model or a key is not there.
     """
+    os.umask(0o077)  # Flower's queue holds devices' replies
     os.environ.update(flower_environment(config))
     BaseStore().find(config.coordinator.base)
     with serving_alone(config.folder):

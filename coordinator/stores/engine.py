@@ -5,8 +5,9 @@ take the write lock before they read (a transaction that reads first and then wr
 load, whatever the busy timeout), and readers on connections that cannot write.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Database:
             raise BadSetting(
                 f"a registry is kept in an SQLite file, got {self._url.render_as_string()}"
             )
+        _close_to_others(self._url.database)
         self._migrate()
         # One writing connection: this process's writers queue here instead of polling SQLite's
         # lock, which serves them in no order.
@@ -95,6 +97,13 @@ class Database:
                     f"{self._url.database} has {len(broken)} rows that refer to nothing, first "
                     f"in table {broken[0][0]}; restore it from a backup"
                 )
+
+
+def _close_to_others(database: str) -> None:
+    """Create a new file for its owner only; SQLite gives what lies beside it the same mode."""
+    if database != ":memory:":
+        with suppress(OSError):  # SQLite says it better
+            os.close(os.open(database, os.O_RDONLY | os.O_CREAT, 0o600))
 
 
 def _engine(url: URL, settings: Sequence[str], begin: str, size: int | None) -> Engine:

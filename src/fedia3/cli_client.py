@@ -150,6 +150,8 @@ def run(
     from fedia3.client.device_status import DeviceStatus, clock  # noqa: PLC0415  # as above
     from fedia3.client.splits import SplitPlan  # noqa: PLC0415  # as above
 
+    os.umask(0o077)  # also of what Flower's processes write
+
     def tell(status: DeviceStatus) -> None:
         if as_json:
             print(json.dumps({"time_ms": status.written_ms, "line": status.line}), flush=True)

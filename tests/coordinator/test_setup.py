@@ -1,6 +1,8 @@
 """A new coordinator's folder: what is in it, who may read it, and what it will not overwrite."""
 
+import contextlib
 import json
+import os
 import tomllib
 from base64 import b64decode
 from datetime import UTC, datetime, timedelta
@@ -12,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedia3.adapters.base_store import BaseStore
 from fedia3.adapters.manifest import read_manifest
+from fedia3.coordinator.blobs import FileBlobs
 from fedia3.coordinator.config import config_of, read_config
 from fedia3.coordinator.directory import open_directory
 from fedia3.coordinator.setup import (
@@ -52,6 +55,26 @@ def test_secrets_are_the_owners_alone(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     secrets = [p for p in folder.iterdir() if p.is_file()]
     assert {p.stat().st_mode & 0o777 for p in secrets} == {0o600}
+
+
+def test_nothing_of_a_new_coordinator_is_others_to_read(tmp_path: Path) -> None:
+    """
+    Whatever the umask: a backup that keeps modes keeps the database closed as well.
+    """
+    before = os.umask(0o022)
+    try:
+        config = set_up(tmp_path / "fed", HERE, NOW)
+        FileBlobs(config.registry / "blobs").put(b"bytes")
+        with contextlib.closing(open_directory(config.registry)) as directory:
+            directory.set_paused(True)
+            modes = {
+                path.relative_to(config.folder): path.stat().st_mode & 0o077
+                for path in config.folder.rglob("*")
+            }
+    finally:
+        os.umask(before)
+    assert Path("registry/registry.db-wal") in modes
+    assert {path: mode for path, mode in modes.items() if mode} == {}
 
 
 def test_the_operators_file_opens_the_admin_service(tmp_path: Path) -> None:
