@@ -18,6 +18,7 @@ from fedia3.errors import BadInput, Corrupt, NotFound
 
 MANIFEST_FILE = "fedia3.json"
 CHUNK_SIZE = 1 << 20  # bytes
+MAX_CHUNK = 16 << 20  # bytes; a device holds a few of a stranger's in memory
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -82,8 +83,8 @@ class Manifest:
             raise BadInput(
                 f"this version of fedia3 reads {Quantization()}, got {self.quantization}; update it"
             )
-        if type(self.chunk_size) is not int or self.chunk_size < 1:
-            raise BadInput(f"chunk_size is a whole number of bytes, got {self.chunk_size!r}")
+        if type(self.chunk_size) is not int or not 1 <= self.chunk_size <= MAX_CHUNK:
+            raise BadInput(f"chunk_size is 1 to {MAX_CHUNK} bytes, got {self.chunk_size!r}")
         for entry in self.files:
             _check_entry(entry, self.chunk_size)
         paths = [entry.path for entry in self.files]
@@ -255,7 +256,9 @@ def _check_entry(entry: FileEntry, chunk_size: int) -> None:
             f"a manifest's paths stay below its folder, with letters, digits and ._-/ only, "
             f"got {entry.path!r}"
         )
-    if type(entry.size) is not int or len(entry.chunks) != -(-entry.size // chunk_size):
+    if type(entry.size) is not int or entry.size < 0:
+        raise BadInput(f"{entry.path}: a file has 0 bytes or more, got {entry.size!r}")
+    if len(entry.chunks) != -(-entry.size // chunk_size):
         raise BadInput(
             f"{entry.path}: {entry.size} bytes make {-(-entry.size // chunk_size)} chunks of "
             f"{chunk_size}, got {len(entry.chunks)}"

@@ -95,6 +95,7 @@ def opened_version(signed: pb.SignedRecord, keys: TrustedKeys) -> AdapterVersion
 
     Raises:
         BadSignature: no trusted key signed it.
+        Corrupt: it is of no time that there is.
     """
     keys.require("record", signed.record, signed.signature, signed.key)
     try:
@@ -110,11 +111,18 @@ def opened_version(signed: pb.SignedRecord, keys: TrustedKeys) -> AdapterVersion
         schema_digest=record.schema_digest,
         round_num=record.round_num,
         num_examples=record.num_examples,
-        created_at=datetime.fromtimestamp(record.created_ms / 1000, UTC),
+        created_at=_time(record.created_ms),
         global_digest=record.global_digest or None,
         parent_digest=record.parent_digest or None,
         metrics=dict(record.metrics),
     )
+
+
+def _time(ms: int) -> datetime:
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise Corrupt(f"the record's time is {ms} ms since 1970, which is no time") from error
 
 
 def opened_manifest(signed: SignedManifest, keys: TrustedKeys) -> Manifest:

@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc.code_pb2 import Code
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
@@ -54,6 +55,15 @@ def to_status(error: Exception) -> Status:
 
 def from_rpc_error(error: grpc.RpcError) -> Fedia3Error:
     """A failed call's error as ours; without a status of ours, what the transport says."""
+    try:
+        told = _told(error)
+    except (ValueError, OverflowError, DecodeError):  # a status that makes no sense is none
+        told = None
+    return told or _from_transport(error)
+
+
+def _told(error: grpc.RpcError) -> Fedia3Error | None:
+    """What a status of ours says, None where it is not ours."""
     status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
     retry_after_s = None
     kind: type[Fedia3Error] | None = None
@@ -65,10 +75,15 @@ def from_rpc_error(error: grpc.RpcError) -> Fedia3Error:
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
     if kind is None or status is None:
-        return _from_transport(error)
+        return None
     if issubclass(kind, errors.Unreachable):
-        return kind(status.message, retry_after_s)
-    return kind(status.message)
+        return kind(_plain(status.message), retry_after_s)
+    return kind(_plain(status.message))
+
+
+def _plain(text: str) -> str:
+    """What a stranger says, fit for a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _status(code: int, text: str, reason: Reason, retry_s: float | None) -> Status:
@@ -85,7 +100,7 @@ def _status(code: int, text: str, reason: Reason, retry_s: float | None) -> Stat
 def _from_transport(error: grpc.RpcError) -> Fedia3Error:
     code = error.code() if isinstance(error, grpc.Call) else None
     said = f"{code.name if code else type(error).__name__}"
-    details = (error.details() if isinstance(error, grpc.Call) else "") or ""
+    details = _plain((error.details() if isinstance(error, grpc.Call) else "") or "")
     unreachable = {
         grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED,
     }  # fmt: skip

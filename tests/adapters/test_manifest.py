@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedia3.adapters.manifest import (
+    MAX_CHUNK,
     FileEntry,
     Manifest,
     Origin,
@@ -166,6 +167,17 @@ def test_a_file_needs_as_many_hashes_as_its_size_has_chunks():
         )
 
 
+def test_a_chunk_fits_into_memory():
+    """
+    It is checked whole before it is kept, so that whoever sends it may not choose any size.
+    """
+    size = MAX_CHUNK + 1
+    with pytest.raises(BadInput, match="chunk_size"):
+        Manifest(
+            "toy", Origin("Toy"), (FileEntry("w", size, ("0" * 64,)),), TARGETS, chunk_size=size
+        )
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -175,6 +187,7 @@ def test_a_file_needs_as_many_hashes_as_its_size_has_chunks():
         {"files": [{"path": "w", "size": 4.0, "chunks": ["0" * 64]}]},
         {"files": [{"path": "w", "size": 4, "chunks": ["not a hash"]}]},
         {"targets": []},
+        {"files": [{"path": "w", "size": -1, "chunks": []}]},
         {"chunk_size": 0},
         {"pretraining": "absent"},
         {"license": ["mit"]},

@@ -15,7 +15,7 @@ from threading import Thread, Timer
 import pytest
 
 from fedia3.adapters.base_store import BaseEntry, BaseStore
-from fedia3.adapters.manifest import FileEntry, Manifest, read_manifest, verify
+from fedia3.adapters.manifest import MAX_CHUNK, FileEntry, Manifest, read_manifest, verify
 from fedia3.client.base_download import BaseDownload, Progress
 from fedia3.errors import Corrupt, StorageFailed, Unreachable
 from fedia3.proto.base_models_pb2 import GetManifestRequest, SignedManifest
@@ -304,12 +304,12 @@ def test_a_base_without_room_is_not_begun(
     service: RunningService, caller: Caller, store: BaseStore
 ):
     """
-    A petabyte is refused before a byte of it is asked for, with what is missing.
+    Ten terabytes are refused before a byte of them is asked for, with what is missing.
     """
-    size = 10**15
-    entry = FileEntry("model.safetensors", size, ("ab" * 32,))
-    huge = replace(service.manifest, files=(entry,), chunk_size=size)
-    with pytest.raises(StorageFailed, match="1000000000 MB are to come"):
+    size = 10**13
+    entry = FileEntry("model.safetensors", size, ("ab" * 32,) * -(-size // MAX_CHUNK))
+    huge = replace(service.manifest, files=(entry,), chunk_size=MAX_CHUNK)
+    with pytest.raises(StorageFailed, match="10000000 MB are to come"):
         fetch(caller, store, huge)
 
 

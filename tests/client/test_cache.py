@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedia3.adapters.encoding import digest
 from fedia3.client.cache import AdapterCache
-from fedia3.client.records import TrustedKeys
+from fedia3.client.records import TrustedKeys, opened_version
 from fedia3.errors import BadSignature, Corrupt, WrongBaseModel
 from fedia3.proto.adapters_pb2 import AdapterRecord, FetchResponse, Owner, SignedRecord
 from fedia3.proto.signing import signed_bytes
@@ -200,3 +200,16 @@ def test_the_first_key_is_trusted_and_no_other_after_it(tmp_path: Path, signer: 
     assert again.load(None, BASE) is not None
     with pytest.raises(BadSignature, match="not the coordinator's"):
         again.keep(stranger.answer(2), None, BASE)
+
+
+def test_a_record_of_no_time_is_damaged():
+    """
+    Signed or not: what cannot be is not used, and no fault of this machine.
+    """
+    pen = Signer(Ed25519PrivateKey.generate())
+    record = AdapterRecord(created_ms=2**62).SerializeToString()
+    signature = pen.key.sign(signed_bytes("record", record))
+    with pytest.raises(Corrupt, match="time"):
+        opened_version(
+            SignedRecord(record=record, signature=signature, key=pen.public), TrustedKeys()
+        )

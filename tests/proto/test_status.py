@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
@@ -135,3 +136,25 @@ def test_what_the_transport_says_is_translated() -> None:
     odd = from_rpc_error(Failed(Status(code=grpc.StatusCode.UNIMPLEMENTED.value[0], message="x")))
     assert type(gone) is Unreachable
     assert type(odd) is Fedia3Error
+
+
+def test_a_status_that_makes_no_sense_is_a_plain_failure() -> None:
+    """
+    One that contradicts its code, a pause of a hundred thousand years, bytes that are no detail:
+    whatever a stranger answers, the caller gets an error of ours.
+    """
+    mixed = Failed(to_status(errors.NotFound("x")))
+    mixed.code = lambda: grpc.StatusCode.ABORTED  # type: ignore[method-assign]
+    odd = to_status(errors.NotFound("x"))
+    odd.details[0].value = b"\xff\xff"
+    long = to_status(TooManyCalls("x", 1.0))
+    long.details[1].Pack(RetryInfo(retry_delay=Duration(seconds=2**62)))
+    for failed in (mixed, Failed(odd), Failed(long)):
+        assert isinstance(from_rpc_error(failed), Fedia3Error)
+
+
+def test_a_message_cannot_drive_a_terminal() -> None:
+    """
+    What a coordinator says is printed: control characters are gone.
+    """
+    assert str(sent(errors.NotFound("\x1b[2J\x07none\n"))) == " [2J none "
