@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from fedia3.coordinator.certificates import Issued, ends_at, make_server_certificate
 from fedia3.coordinator.config import CoordinatorConfig
 from fedia3.coordinator.operator import Operator
 from fedia3.coordinator.serve import parts_of
@@ -129,6 +131,46 @@ def test_a_part_that_hangs_is_started_again(
             )
             assert coordinator.says(f"{name} lives, but gave no answer for 8 s; killing it")
         eventually(coordinator.answers, "the service's answer")
+
+
+def certificate_at(port: int) -> bytes:
+    """What the server on this port shows, DER; empty while nobody listens."""
+    try:
+        return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", port), timeout=5))
+    except OSError:
+        return b""
+
+
+def test_a_certificate_that_ends_soon_is_replaced_while_everything_runs(
+    new_coordinator: NewCoordinator, tmp_path: Path
+) -> None:
+    """
+    Nobody restarts the coordinator: all its servers show the new one by themselves.
+    """
+    config = new_coordinator(tmp_path)
+    fresh = ssl.PEM_cert_to_DER_cert(config.certificate.read_text().partition("\n-----BEGIN")[0])
+    ports = (
+        config.coordinator.grpc_port,
+        config.coordinator.fleet_port,
+        config.coordinator.superlink_port,
+    )
+    with served(config, "import fedia3.coordinator.serve as s; s.RENEWED_EVERY_S = 2.0") as served_:
+        assert {certificate_at(port) for port in ports} == {fresh}
+        authority = Issued(config.ca.read_bytes(), config.ca_key.read_bytes())
+        old = make_server_certificate(
+            authority, config.coordinator.hosts, datetime.now(UTC) - timedelta(days=380)
+        )
+        config.certificate_key.write_bytes(old.key)
+        config.certificate.write_bytes(old.certificate)
+        eventually(
+            lambda: (
+                not {certificate_at(port) for port in ports} & {fresh, b""}
+                and served_.all_run
+                and served_.answers()
+            ),
+            "a new certificate everywhere",
+        )
+        assert ends_at(config.certificate.read_bytes()) > datetime.now(UTC) + timedelta(days=300)
 
 
 def test_sigterm_ends_everything_and_a_kill_leaves_nothing_in_the_way(
