@@ -97,21 +97,16 @@ class Supervisor:
             part.name: _Keeper(part, self._mark, self._write, self._log) for part in parts
         }
 
-    async def start(self, only: Collection[str] | None = None) -> None:
-        """End what an earlier supervisor left, then begin to keep these parts; None: all."""
+    async def start(self) -> None:
+        """End what an earlier supervisor left, then begin to keep the parts."""
         await asyncio.to_thread(self.end_leftovers)
-        for name, keeper in self._keepers.items():
-            if only is None or name in only:
-                keeper.start()
+        for keeper in self._keepers.values():
+            keeper.start()
 
     def end_leftovers(self) -> None:
         """End what an earlier supervisor with this status file left, and say so."""
         for line in end_leftovers(self._file):
             self._log.warning("%s", line)
-
-    async def run(self, until: asyncio.Event) -> None:
-        """Keep the parts, until somebody sets the event."""
-        await until.wait()
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """End the parts, the last one first; who needs longer than ``grace_s`` is killed."""
