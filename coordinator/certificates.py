@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedia3.errors import BadInput
@@ -46,7 +47,7 @@ def make_authority(now: datetime) -> Issued:
         .add_extension(identifier, critical=False)
         .sign(key, hashes.SHA256())
     )
-    return Issued(_certificate_pem(certificate), _key_pem(key))
+    return Issued(_certificate_pem(certificate), key_pem(key))
 
 
 def make_server_certificate(authority: Issued, hosts: Iterable[str], now: datetime) -> Issued:
@@ -78,7 +79,7 @@ def make_server_certificate(authority: Issued, hosts: Iterable[str], now: dateti
         )
         .sign(signer_key, hashes.SHA256())
     )
-    return Issued(_certificate_pem(certificate) + authority.certificate, _key_pem(key))
+    return Issued(_certificate_pem(certificate) + authority.certificate, key_pem(key))
 
 
 def is_due(certificate: bytes, hosts: Iterable[str], now: datetime) -> bool:
@@ -141,7 +142,8 @@ def _certificate_pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
+    """A private key as its file holds it, PEM PKCS #8."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,

@@ -19,6 +19,7 @@ from fedia3.adapters.manifest import read_manifest
 from fedia3.coordinator.certificates import (
     Issued,
     is_due,
+    key_pem,
     make_authority,
     make_server_certificate,
 )
@@ -234,7 +235,7 @@ def _make_keys(config: CoordinatorConfig, now: datetime) -> None:
     authority = make_authority(now)
     write_private(config.ca_key, authority.key)
     write_private(config.ca, authority.certificate)
-    write_private(config.signing_key, _pem(Ed25519PrivateKey.generate()))
+    write_private(config.signing_key, key_pem(Ed25519PrivateKey.generate()))
     write_private(config.superexec_secret, secrets.token_hex(32).encode())
 
 
@@ -246,7 +247,13 @@ def _make_operator(config: CoordinatorConfig, now: datetime) -> None:
     directory = open_directory(config.registry)
     try:
         directory.add_token(
-            Token(token_sha256(token), "admin", "operator", expires_ms, _raw_public(key))
+            Token(
+                token_sha256(token),
+                "admin",
+                "operator",
+                expires_ms,
+                key.public_key().public_bytes_raw(),
+            )
         )
     finally:
         directory.close()
@@ -254,24 +261,6 @@ def _make_operator(config: CoordinatorConfig, now: datetime) -> None:
         "address": config.address,
         "ca": config.ca.read_text(),
         "token": token,
-        "signing_key": b64encode(_raw(key)).decode(),
+        "signing_key": b64encode(key.private_bytes_raw()).decode(),
     }
     write_private(config.operator, json.dumps(facts, indent=1).encode())
-
-
-def _pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def _raw(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
-    )
-
-
-def _raw_public(key: Ed25519PrivateKey) -> bytes:
-    return key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
