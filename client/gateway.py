@@ -39,6 +39,7 @@ NOBODY_THERE = {502, 503, 504}
 UNAUTHORIZED = 401
 SHUT_OUT = {UNAUTHORIZED, 403}
 CLOCKS_AGREE = timedelta(seconds=60)
+NO_CLOCK = timedelta(days=36525)  # a clock that was never set stands at 1970
 PLAIN = re.compile(r"[\x20-\x7e]{1,200}")
 
 logger = logging.getLogger(__name__)
@@ -184,10 +185,11 @@ class ClockedUpstream(Upstream):
     def _has_learned(self, answer: Answer) -> bool:
         """Whether the coordinator's time is another than was thought."""
         try:
-            told = parsedate_to_datetime(answer.date)
-        except ValueError:
+            offset = parsedate_to_datetime(answer.date) - self._now()
+        except (ValueError, TypeError):  # no time, or one of no zone
             return False
-        offset = told - self._now()
+        if abs(offset) > NO_CLOCK:
+            return False
         differs = abs(offset - self._offset) > CLOCKS_AGREE
         if differs:
             self._offset = offset if abs(offset) > CLOCKS_AGREE else timedelta()

@@ -241,10 +241,8 @@ class Caller:
         return ours
 
     def _told_offset(self, error: grpc.RpcError) -> int | None:
-        """The coordinator's clock less ours, by the refusal's trailing metadata."""
-        trailing: Any = (error.trailing_metadata() if isinstance(error, grpc.Call) else None) or ()
-        told = next((str(value) for key, value in trailing if key == TIME_HEADER), "")
-        return int(told) - self._now_ms() if told.isascii() and told.isdigit() else None
+        told = _told_ms(error)
+        return None if told is None else told - self._now_ms()
 
     def _pause_s(self, tries: int, error: Unreachable) -> float:
         longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tries)
@@ -298,6 +296,13 @@ class _Watch:
                 return
         self.has_cut = True
         self._call.cancel()
+
+
+def _told_ms(error: grpc.RpcError) -> int | None:
+    """The coordinator's clock, ms since 1970, by a failed call's trailing metadata."""
+    trailing: Any = (error.trailing_metadata() if isinstance(error, grpc.Call) else None) or ()
+    told = next((str(value) for key, value in trailing if key == TIME_HEADER), "")
+    return int(told) if len(told) < 20 and told.isascii() and told.isdigit() else None
 
 
 def checked_address(address: str) -> str:

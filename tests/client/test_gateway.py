@@ -27,7 +27,7 @@ from fedia3.client.gateway import ClockedUpstream, Gatekeeper, Gateway
 from fedia3.client.thin_fab import require_thin, thin_app
 from fedia3.coordinator.certificates import Issued, make_authority, make_server_certificate
 from fedia3.errors import BadInput
-from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call, RelayServer
+from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call, RelayServer, Upstream
 
 APP = "fedia3/fedia3-rounds"
 FAB = build_fab_from_disk(thin_app())
@@ -364,3 +364,39 @@ def test_the_clock_is_told_right_for_the_nodes_own_calls_alone(tmp_path: Path, a
                 await way.close()
 
     assert asyncio.run(sent()) == [200, 401, 401]
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "",
+        "yesterday",
+        "Mon, 01 Jan 2024 00:00:00 -0000",
+        "Fri, 31 Dec 9999 23:59:59 GMT",
+        "Mon, 01 Jan 0001 00:00:00 GMT",
+    ],
+)
+def test_a_time_that_cannot_be_is_not_learned(
+    monkeypatch: pytest.MonkeyPatch, authority: Issued, date: str
+):
+    """
+    Whatever a coordinator says the time is, the node gets its answer.
+    """
+
+    async def says(_: Upstream, call: Call) -> Answer:
+        return Answer(401, date=date)
+
+    monkeypatch.setattr(Upstream, "send", says)
+    now = datetime.now(UTC).isoformat()
+    signature = b64encode(sign_message(KEY, now.encode())).decode()
+    headers = {"flwr-timestamp": now, "flwr-signature": signature}
+    call = Call(OPERATIONS[PREFIX + "pull-messages"], headers, b"")
+
+    async def sent() -> list[int]:
+        way = ClockedUpstream("localhost:1", authority.certificate, KEY)
+        try:
+            return [(await way.send(call)).status for _ in range(2)]
+        finally:
+            await way.close()
+
+    assert asyncio.run(sent()) == [401, 401]

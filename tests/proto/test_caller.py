@@ -70,7 +70,7 @@ class Script:
 
     answers: list[bytes | Exception]
     seen: list[Seen] = field(default_factory=list)
-    time_ms: int = 0
+    time_ms: int | str = 0
 
     def answer(self, path: str, body: bytes, context: grpc.ServicerContext) -> bytes:
         self.seen.append(
@@ -228,6 +228,21 @@ def test_a_wrong_clock_is_put_right_by_the_refusal(certificate: Certificates):
                 to.call("Adapters/Erase", EraseRequest(), EraseResponse)
     times = [seen.metadata[TIME_HEADER] for seen in script.seen]
     assert times == ["1000", "5000000", "5000000"]
+
+
+@pytest.mark.parametrize("told", ["9" * 5000, "-1", "noon", ""])
+def test_a_time_that_is_none_is_not_learned(told: str, certificate: Certificates):
+    """
+    The refusal stands as it is, and is no fault of the caller's.
+    """
+    key = Ed25519PrivateKey.generate()
+    with served(certificate, WrongClock("an hour off"), b"") as (at, script):
+        script.time_ms = told
+        with (
+            caller(at, certificate, signing_key=key, now_ms=lambda: 1000) as to,
+            pytest.raises(WrongClock),
+        ):
+            to.call("Adapters/Erase", EraseRequest(), EraseResponse)
 
 
 def test_a_clock_refused_twice_is_an_error(certificate: Certificates):
