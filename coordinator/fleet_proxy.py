@@ -21,7 +21,7 @@ from typing import Any
 
 from fedia3.clock import wall_ms
 from fedia3.coordinator.directory import Directory, OpenRound, RoundControl
-from fedia3.coordinator.handed_objects import HandedObjects
+from fedia3.coordinator.handed_objects import HandedObjects, object_ids
 from fedia3.coordinator.last_seen import LastSeen
 from fedia3.errors import Fedia3Error
 from fedia3.proto.fleet import Answer, Call, refusal
@@ -31,6 +31,7 @@ ROUND_EVERY_S = 0.2
 HELD_S = 20.0  # a node gives its poll up after 30, a relay on the way after 25
 NOTED_EVERY_S = 5.0
 UNKNOWN_S = 60.0  # after the door opened it does not know who was handed what before
+MAX_OBJECTS = 64  # of one reply: an update has six, and one more for every 5 MB
 CALLS_A_S, CALLS_AT_ONCE = 50.0, 200.0  # of one key
 KEYS_COUNTED = 10_000
 
@@ -223,6 +224,8 @@ def _fault(call: Call, app_digest: str) -> Answer | None:
         return refusal(403, "a device activates its own key")
     if name == "push-messages" and not _is_own_reply(request):
         return refusal(403, "a device sends its own replies, one at a time")
+    if name == "push-messages" and _objects(request) > MAX_OBJECTS:
+        return refusal(413, f"a reply is made of at most {MAX_OBJECTS} objects")
     if name == "get-fab" and request.hash_str != app_digest:
         return refusal(403, "there is one app here, and this is another")
     return None
@@ -232,6 +235,10 @@ def _is_own_reply(request: Any) -> bool:
     """The SuperLink checks that ``node`` is the caller's, but not who the message says it is."""
     senders = [message.metadata.src_node_id for message in request.messages_list]
     return senders == [request.node.node_id]
+
+
+def _objects(request: Any) -> int:
+    return sum(len(list(object_ids(tree))) for tree in request.message_object_trees)
 
 
 def _is_app(answer: Any, app_digest: str) -> bool:

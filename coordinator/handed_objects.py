@@ -34,13 +34,15 @@ class HandedObjects:
         """A poll brought the device messages that are made of these."""
         for tree in trees:
             known = self._known.setdefault(device_id, _Known())
-            known.given.append(frozenset(_ids(tree)))
+            known.given.append(frozenset(object_ids(tree)))
             known.roots.append(tree.object_id)
 
     def note_announced(self, device_id: str, trees: Iterable[Tree]) -> None:
         """The device's replies, as the SuperLink took them, are made of these."""
         for tree in trees:
-            self._known.setdefault(device_id, _Known()).announced.append(frozenset(_ids(tree)))
+            self._known.setdefault(device_id, _Known()).announced.append(
+                frozenset(object_ids(tree))
+            )
 
     def may_touch(self, device_id: str, operation: str, request: Any) -> bool:
         """Whether an object that the request names is the device's to pull, push or confirm."""
@@ -55,7 +57,8 @@ class HandedObjects:
         return True
 
 
-def _ids(tree: Tree) -> Iterator[str]:
+def object_ids(tree: Tree) -> Iterator[str]:
+    """Every object in the tree."""
     yield tree.object_id
     for child in tree.children:
-        yield from _ids(child)
+        yield from object_ids(child)

@@ -24,7 +24,7 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 
 from fedia3.coordinator.directory import Device, Invite, OpenRound, RoundControl, Token
-from fedia3.coordinator.fleet_proxy import UNKNOWN_S, Doorkeeper, Limits
+from fedia3.coordinator.fleet_proxy import MAX_OBJECTS, UNKNOWN_S, Doorkeeper, Limits
 from fedia3.coordinator.stores.memory_directory import MemoryDirectory
 from fedia3.errors import Conflict
 from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call
@@ -236,6 +236,24 @@ def test_a_device_writes_its_own_replies_alone() -> None:
     door.clock.s += UNKNOWN_S
     assert statuses(door, "delta") == [403, None, 403]
     assert statuses(door, "delta", BOB) == [403, 403, 403]
+
+
+def test_a_reply_has_few_objects() -> None:
+    """
+    Thousands of 8 MiB each would fill the SuperLink's disk; an update is a handful.
+    """
+
+    def announced(objects: int) -> Call:
+        leaves = [ObjectTree(object_id=str(n)) for n in range(objects - 1)]
+        tree = ObjectTree(object_id="reply", children=leaves)
+        message = Message(metadata=Metadata(src_node_id=7))
+        request = PushMessagesRequest(
+            node=NODE, messages_list=[message], message_object_trees=[tree]
+        )
+        return call("push-messages", request)
+
+    assert Door().status(announced(MAX_OBJECTS)) is None
+    assert Door().status(announced(MAX_OBJECTS + 1)) == 413
 
 
 def test_a_door_that_was_opened_anew_lets_work_under_way_go_on() -> None:
