@@ -32,7 +32,8 @@ from fedia3.client.thin_fab import VERSION, app_id, require_thin
 from fedia3.clock import wall_ms
 from fedia3.errors import BadInput
 from fedia3.private_files import write_private
-from fedia3.proto.fleet import Answer, Call, Relay, RelayServer, Upstream, refusal
+from fedia3.proto.fleet import Answer, Call, refusal
+from fedia3.proto.relay import Relay, RelayServer, Upstream
 
 HTTP_BYTES = 250  # request line, status line and what the HTTP library adds, both ways
 NOBODY_THERE = {502, 503, 504}

@@ -77,7 +77,7 @@ async def run_proxy(config: CoordinatorConfig, until: asyncio.Event) -> None:
     """
     from fedia3.coordinator.fleet_proxy import Doorkeeper  # noqa: PLC0415  # nor the service HTTP
     from fedia3.proto.app import thin_app  # noqa: PLC0415  # as above
-    from fedia3.proto.fleet import Relay, RelayServer, Upstream  # noqa: PLC0415  # as above
+    from fedia3.proto.relay import Relay, RelayServer, Upstream  # noqa: PLC0415  # as above
 
     with contextlib.closing(open_directory(config.registry)) as directory:
         keeper = Doorkeeper(directory, thin_app().digest)

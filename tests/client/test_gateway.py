@@ -27,7 +27,8 @@ from fedia3.client.gateway import ClockedUpstream, Gatekeeper, Gateway
 from fedia3.client.thin_fab import require_thin, thin_app
 from fedia3.coordinator.certificates import Issued, make_authority, make_server_certificate
 from fedia3.errors import BadInput
-from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call, RelayServer, Upstream
+from fedia3.proto.fleet import OPERATIONS, PREFIX, Answer, Call
+from fedia3.proto.relay import RelayServer, Upstream
 
 APP = "fedia3/fedia3-rounds"
 FAB = build_fab_from_disk(thin_app())

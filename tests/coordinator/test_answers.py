@@ -12,7 +12,8 @@ import pytest
 from fedia3.coordinator.answers import proxy_answers, service_answers, superlink_answers
 from fedia3.coordinator.certificates import make_authority, make_server_certificate
 from fedia3.coordinator.config import CoordinatorConfig, ServiceConfig
-from fedia3.proto.fleet import LetThrough, Relay, RelayServer, Upstream
+from fedia3.proto.fleet import LetThrough
+from fedia3.proto.relay import Relay, RelayServer, Upstream
 from fedia3.testing_service import running_service
 
 Asked = Callable[[CoordinatorConfig], Awaitable[bool]]
