@@ -62,7 +62,7 @@ def answer(address: str, token: str) -> None:
     alive.start()
     try:
         message, context, _run, _app = pull_task_input(runtime)
-        reply: Message = deployed(message, context)
+        reply = in_its_time(deployed(message, context), message)
         push_message(runtime, reply, context)
         push_task_output(runtime, context, SubStatus.COMPLETED, "")
     except Exception as error:  # the text of an error stays on the device
@@ -71,6 +71,16 @@ def answer(address: str, token: str) -> None:
     finally:
         alive.stop()
         runtime.close()
+
+
+def in_its_time(reply: Message, message: Message) -> Message:
+    """The reply, dated as the message it answers: by the coordinator's clock, to live as long.
+
+    Dated by a device's clock that is ahead it would have been over before it was sent.
+    """
+    reply.metadata.created_at = message.metadata.created_at
+    reply.metadata.ttl = message.metadata.ttl
+    return reply
 
 
 class Pause:

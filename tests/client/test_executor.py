@@ -3,6 +3,8 @@ import signal
 import threading
 import time
 
+from flwr.app import Message, MessageType, Metadata, RecordDict
+
 from fedia3.client import executor
 from fedia3.client.executor import BUSY_S, IDLE_POLL_S, Pause
 
@@ -47,3 +49,18 @@ def test_a_message_that_hangs_does_not_keep_the_next_from_being_answered(monkeyp
     assert os.read(reading, 100) == b"is quick"
     worker.look(end=True)
     assert worker._pid is None
+
+
+def test_a_reply_is_dated_as_the_message_it_answers():
+    """A device whose clock is an hour ahead would send one that is over already."""
+    asked, answered = (
+        _message(created_at=1000.0, ttl=15.0),
+        _message(created_at=4600.0, ttl=-3585.0),
+    )
+    reply = executor.in_its_time(answered, asked)
+    assert (reply.metadata.created_at, reply.metadata.ttl) == (1000.0, 15.0)
+
+
+def _message(created_at: float, ttl: float) -> Message:
+    metadata = Metadata(1, "id", 1, 2, "", "", created_at, ttl, MessageType.TRAIN)
+    return Message(RecordDict(), metadata=metadata)  # type: ignore[call-overload]  # Flower's own way

@@ -187,7 +187,6 @@ class RunningDevice:
     user: str
     data: Path
     env: dict[str, str] = field(default_factory=dict)
-    prefix: tuple[str, ...] = ()  # put before the command line
     process: psutil.Popen | None = None
 
     @property
@@ -221,7 +220,7 @@ class RunningDevice:
         words = [str(self.state), str(self.data), *(["share"] if share else [])]
         with self.log.open("ab") as out:
             self.process = psutil.Popen(
-                [*self.prefix, sys.executable, str(LIGHT_DEVICE), *words],
+                [sys.executable, str(LIGHT_DEVICE), *words],
                 env={**os.environ, "FEDIA3_HOME": str(self.home), **self.env},
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             )  # fmt: skip

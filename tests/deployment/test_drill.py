@@ -253,17 +253,24 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="needs Debian's faketime")
-def test_a_clock_that_is_behind_does_not_shut_a_device_out(tmp_path):
-    """A device whose clock is an hour behind publishes and takes part in rounds."""
+@pytest.mark.parametrize("step", ["+1h", "-1h"])
+def test_a_wrong_clock_does_not_shut_a_device_out(tmp_path, step):
+    """A device whose clock is an hour off publishes and takes part in rounds."""
     made = light_deployment(tmp_path, ("ann",))
     try:
         coordinator, (device,) = made.coordinators[0], made.devices
-        device.prefix = ("faketime", "-f", "-1h")
+        device.env.update(faked(step))
         device.run_light(share=True)
         wait_until_asked(coordinator, device)
         eventually(lambda: device.cli("status").get("shared_version"), "its part is shared")
     finally:
         made.close()
+
+
+def faked(step: str) -> dict[str, str]:
+    """The environment of a program whose clock is off; what measures time spans stays right."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    return {"LD_PRELOAD": str(library), "FAKETIME": step, "DONT_FAKE_MONOTONIC": "1"}
 
 
 def test_random_kills_during_live_rounds(running, publisher, request):
