@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from fedia3.adapters.base_store import BaseStore
+from fedia3.clock import SetBack
 from fedia3.coordinator.answers import proxy_answers, service_answers, superlink_answers
 from fedia3.coordinator.campaign import noted_process
 from fedia3.coordinator.certificates import ends_at
@@ -28,6 +29,7 @@ from fedia3.coordinator.setup import renew_certificate, serving_alone
 from fedia3.coordinator.superlink import (
     ControlLink,
     flower_environment,
+    forget_queue,
     superexec_command,
     superlink_command,
 )
@@ -39,6 +41,8 @@ DRAIN_S = 10.0  # for what is under way when the coordinator stops
 READY_S = 60.0  # until something is said of a part that does not come up
 RENEWED_EVERY_S = 12 * 3600.0
 BACKOFF = Backoff(first_s=0.5, longest_s=15.0, healthy_s=30.0)
+CLOCK_EVERY_S = 1.0
+SET_BACK_S = 20.0  # a node's word holds for 60 s; what is less passes by itself
 HUNG_S = 60.0  # a part that does not answer for so long is killed and started again
 SHOWS_CERTIFICATE = ("superlink", "proxy", "service")
 
@@ -96,6 +100,7 @@ async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
         asyncio.create_task(_schedule(config, supervisor, until)),
         asyncio.create_task(_say_when_up(config, supervisor)),
         asyncio.create_task(_renew(config, supervisor)),
+        asyncio.create_task(_watch_clock(config, supervisor)),
     ]
     stopped = asyncio.create_task(until.wait())
     await asyncio.wait([stopped, chores[0]], return_when=asyncio.FIRST_COMPLETED)
@@ -168,6 +173,24 @@ async def _renew(config: CoordinatorConfig, supervisor: Supervisor) -> None:
             for name in SHOWS_CERTIFICATE:
                 await supervisor.stop_part(name)
                 supervisor.start_part(name)
+
+
+async def _watch_clock(config: CoordinatorConfig, supervisor: Supervisor) -> None:
+    """Give the SuperLink an empty queue when this machine's clock was set back.
+
+    It notes until when each device is online. With that far in the future, it would take no device
+    for a new start until then.
+    """
+    clock = SetBack()
+    while True:
+        await asyncio.sleep(CLOCK_EVERY_S)
+        if (back_s := clock.by_s()) > SET_BACK_S:
+            logger.warning(
+                "this machine's clock was set back by %.0f s: the SuperLink begins anew", back_s
+            )
+            await supervisor.stop_part("superlink", 2.0)
+            forget_queue(config)
+            supervisor.start_part("superlink")
 
 
 def _renewed(config: CoordinatorConfig) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from flwr.proto.control_pb2 import (
@@ -59,9 +60,20 @@ def flower_environment(config: CoordinatorConfig) -> dict[str, str]:
     """What Flower's processes are started with, beside this process's environment."""
     return {
         **flower_process.environment(config.flower),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # a run starts once in many rounds
         CONFIG_VARIABLE: str(config.file),
     }
+
+
+def queue_file(config: CoordinatorConfig) -> Path:
+    """The SuperLink's database: a queue, whose loss costs the round under way."""
+    return config.flower / "superlink.db"
+
+
+def forget_queue(config: CoordinatorConfig) -> None:
+    """Have a SuperLink that is stopped begin anew; the scheduler tells it of every device again."""
+    for file in config.flower.glob(f"{queue_file(config).name}*"):
+        file.unlink()
 
 
 def superlink_command(config: CoordinatorConfig) -> tuple[str, ...]:
@@ -73,7 +85,7 @@ def superlink_command(config: CoordinatorConfig) -> tuple[str, ...]:
         "--ssl-ca-certfile", str(config.ca),
         "--ssl-certfile", str(config.certificate),
         "--ssl-keyfile", str(config.certificate_key),
-        "--database", str(config.flower / "superlink.db"),
+        "--database", str(queue_file(config)),
         "--enable-supernode-auth",
         "--isolation", "process",
         "--superexec-auth-secret-file", str(config.superexec_secret),
