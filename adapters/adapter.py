@@ -10,6 +10,8 @@ from fedia3.errors import BadAdapter, WrongBaseModel
 
 Vector = NDArray[np.float32]
 
+_WIRE = np.dtype("<f4")
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -76,6 +78,22 @@ def checked_vector(schema: Schema, vector: NDArray[np.generic]) -> Vector:
         raise BadAdapter(f"{int((~np.isfinite(flat)).sum())} of {flat.size} scales are not finite")
     flat.flags.writeable = False
     return flat
+
+
+def vector_bytes(vector: NDArray[np.generic]) -> bytes:
+    """A flat vector as it travels between processes: little-endian float32, nothing else."""
+    return np.ascontiguousarray(vector, dtype=_WIRE).tobytes()
+
+
+def vector_of(data: bytes) -> Vector:
+    """The vector in :func:`vector_bytes`'s form, its length and values as they come.
+
+    Raises:
+        BadAdapter: it has no whole number of scales.
+    """
+    if len(data) % _WIRE.itemsize:
+        raise BadAdapter(f"expected whole float32 numbers, got {len(data)} bytes")
+    return np.frombuffer(data, dtype=_WIRE).astype(np.float32)
 
 
 def require_same_schema(left: Schema, right: Schema) -> None:

@@ -12,26 +12,17 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ConfigRecord, ConfigRecordValues, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedia3.adapters.adapter import Vector
+from fedia3.adapters.adapter import Vector, vector_bytes, vector_of
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
 from fedia3.client.trainer_socket import SOCKET_VARIABLE, RemoteTrainer
 from fedia3.errors import BadAdapter, BadInput, BadSetting, TrainerFailed
 
 CLIENT_APP_RAISED = 2  # Flower's error code for a failing ClientApp
 
-T = TypeVar("T", int, str)
+T = TypeVar("T", int, str, bytes)
 
 logger = logging.getLogger(__name__)
 
@@ -91,48 +82,39 @@ def read_request(message: Message, client: str) -> TrainRequest:
 
     Raises:
         BadInput: a part is missing or of the wrong type.
-        BadAdapter: the vector is no flat float32 array of finite numbers.
+        BadAdapter: the vector is no float32 numbers, or not all are finite.
         BadSetting: the training plan is out of range, or has fields this version does not know.
     """
-    content = message.content
     try:
-        config = dict(content["config"])
-        array = content["arrays"]["ia3"]
+        asked = dict(message.content.config_records["request"])
     except KeyError as error:
-        raise BadInput(f"expected a train message with arrays and config, no {error}") from error
-    if not isinstance(array, Array):
-        raise BadInput(f"expected the adapter as an array, got {type(array).__name__}")
+        raise BadInput("expected a train message with a request, got none") from error
     return TrainRequest(
         client=client,
-        round_num=_field(config, "round", int),
-        seed=_field(config, "seed", int),
-        vector=_checked_vector(array),
-        schema_digest=_field(config, "schema", str),
-        plan=_checked_plan(config),
+        round_num=_field(asked, "round", int),
+        seed=_field(asked, "seed", int),
+        vector=_checked_vector(_field(asked, "vector", bytes)),
+        schema_digest=_field(asked, "schema", str),
+        plan=_checked_plan(asked),
     )
 
 
-def _field(config: Mapping[str, object], name: str, kind: type[T]) -> T:
-    value = config.get(name)
+def _field(asked: Mapping[str, object], name: str, kind: type[T]) -> T:
+    value = asked.get(name)
     if type(value) is not kind:
         raise BadInput(f"expected {name} as {kind.__name__}, got {type(value).__name__}")
     return value
 
 
-def _checked_vector(array: Array) -> Vector:
-    try:
-        vector = array.numpy()
-    except (ValueError, TypeError, EOFError, MemoryError) as error:
-        raise BadAdapter(f"the adapter's bytes are no array: {error}") from error
-    if vector.dtype != np.float32 or vector.ndim != 1:
-        raise BadAdapter(f"expected a flat float32 vector, got {vector.dtype} {vector.shape}")
+def _checked_vector(data: bytes) -> Vector:
+    vector = vector_of(data)
     if not np.isfinite(vector).all():
         raise BadAdapter(f"{int((~np.isfinite(vector)).sum())} of {vector.size} are not finite")
     return vector
 
 
-def _checked_plan(config: Mapping[str, object]) -> TrainingPlan:
-    fields = {k.removeprefix("plan."): v for k, v in config.items() if k.startswith("plan.")}
+def _checked_plan(asked: Mapping[str, object]) -> TrainingPlan:
+    fields = {k.removeprefix("plan."): v for k, v in asked.items() if k.startswith("plan.")}
     try:
         return TrainingPlan(**fields)  # type: ignore[arg-type]  # the plan checks its ranges
     except TypeError as error:
@@ -140,16 +122,15 @@ def _checked_plan(config: Mapping[str, object]) -> TrainingPlan:
 
 
 def reply_message(update: ClientUpdate, request: TrainRequest, message: Message) -> Message:
-    """The update on the wire: one float32 array, the example count, metrics, what it is for."""
-    delta = np.asarray(update.delta, dtype=np.float32)
-    metrics = {name: float(value) for name, value in update.metrics.items()}
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({"delta": Array(delta)}),
-            "metrics": MetricRecord({**metrics, "num-examples": int(update.num_examples)}),
-            "config": ConfigRecord({"round": request.round_num, "schema": request.schema_digest}),
-        }
-    )
+    """The update on the wire: one record with delta, example count, metrics, what it is for."""
+    told: dict[str, ConfigRecordValues] = {
+        "round": request.round_num,
+        "schema": request.schema_digest,
+        "delta": vector_bytes(update.delta),
+        "num_examples": int(update.num_examples),
+    }
+    told |= {f"metrics.{name}": float(value) for name, value in update.metrics.items()}
+    content = RecordDict({"reply": ConfigRecord(told)})
     return Message(content, reply_to=message)
 
 

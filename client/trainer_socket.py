@@ -17,10 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from fedia3 import errors
-from fedia3.adapters.adapter import Vector
+from fedia3.adapters.adapter import Vector, vector_bytes, vector_of
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
 from fedia3.errors import BadInput, Fedia3Error, TrainerFailed, Unreachable
 
@@ -30,7 +28,6 @@ MAX_BODY = 64 << 20  # bytes; an adapter of 16 million scales
 LONGEST_PATH = 103  # bytes of a socket's path; macOS has room for 104 with the NUL, Linux for 108
 ANSWER_WITHIN_S = 6 * 3600.0  # a training on a slow machine, waited for between two sleeps
 LENGTHS = struct.Struct(">IQ")
-WIRE = np.dtype("<f4")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +40,15 @@ class Frame:
     @classmethod
     def with_vector(cls, header: Mapping[str, Any], vector: Vector) -> "Frame":
         """A frame that carries a flat vector."""
-        return cls(header, np.ascontiguousarray(vector, dtype=WIRE).tobytes())
+        return cls(header, vector_bytes(vector))
 
     def vector(self) -> Vector:
         """The body as a flat float32 vector.
 
         Raises:
-            BadInput: it has no whole number of scales.
+            BadAdapter: it has no whole number of scales.
         """
-        if len(self.body) % WIRE.itemsize:
-            raise BadInput(f"expected whole float32 numbers, got {len(self.body)} bytes")
-        return np.frombuffer(self.body, dtype=WIRE).astype(np.float32)
+        return vector_of(self.body)
 
 
 Answering = Callable[[Frame], Frame]

@@ -1,9 +1,9 @@
 """Rounds over Flower: our own loop on the public ``Grid``, one message per client and round.
 
-A request carries the global adapter as ONE flat float32 array (Flower's cost is per array: 400
-arrays took fifteen times as long as one) and one config record; fedia3.client.flower is its other
-end. Flower's ``Strategy.start`` is not used: it cannot resume, holds all replies in memory and dies
-of one malformed reply.
+A request is ONE config record with the global adapter as bytes, and so is a reply: Flower's cost is
+per object, each pushed, pulled and stored by itself, and an array record alone is three of them.
+fedia3.client.flower is the other end. Flower's ``Strategy.start`` is not used: it cannot resume,
+holds all replies in memory and dies of one malformed reply.
 """
 
 import logging
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from itertools import zip_longest
+from typing import cast
 
 import httpx
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, ConfigRecordValues, Context, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
+from fedia3.adapters.adapter import vector_bytes, vector_of
 from fedia3.adapters.update import TrainingPlan, TrainRequest
 from fedia3.clock import wall_ms
 from fedia3.coordinator.directory import Device
@@ -196,19 +197,14 @@ def nodes_by_client(nodes: Iterable[NodeInfo]) -> dict[str, int]:
 
 def request_message(request: TrainRequest, node_id: int, ttl_s: float | None) -> Message:
     """The request on the wire; the client's id stays behind, its node knows who it is."""
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({"ia3": Array(np.asarray(request.vector, dtype=np.float32))}),
-            "config": ConfigRecord(
-                {
-                    "round": request.round_num,
-                    "seed": request.seed,
-                    "schema": request.schema_digest,
-                    **_plan_fields(request.plan),
-                }
-            ),
-        }
-    )
+    asked: dict[str, ConfigRecordValues] = {
+        "round": request.round_num,
+        "seed": request.seed,
+        "schema": request.schema_digest,
+        "vector": vector_bytes(request.vector),
+        **_plan_fields(request.plan),
+    }
+    content = RecordDict({"request": ConfigRecord(asked)})
     return Message(content, node_id, MessageType.TRAIN, ttl=ttl_s, group_id=str(request.round_num))
 
 
@@ -235,12 +231,16 @@ def _failure(message: Message) -> str:
 
 
 def _read_reply(content: RecordDict, client: str) -> Reply:
-    config, metrics = content["config"], dict(content["metrics"])
+    told = dict(content.config_records["reply"])
     return Reply(
         client,
-        round_num=config["round"],
-        schema_digest=config["schema"],
-        delta=content.array_records["arrays"]["delta"].numpy(),
-        num_examples=metrics.pop("num-examples"),
-        metrics=metrics,
+        round_num=told["round"],
+        schema_digest=told["schema"],
+        delta=vector_of(cast(bytes, told["delta"])),
+        num_examples=told["num_examples"],
+        metrics={
+            name.removeprefix("metrics."): value
+            for name, value in told.items()
+            if name.startswith("metrics.")
+        },
     )

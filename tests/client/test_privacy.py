@@ -396,7 +396,7 @@ def test_a_full_round_sends_nothing_of_the_text_and_no_path(bugged: Bugged):
             return bool(status.get("last_round") and status.get("shared_version"))
 
         eventually(has_done_everything, "a round and a shared part", bugged.logs)
-        eventually(lambda: b"num-examples" in text_of(fleet), "an update is sent", bugged.logs)
+        eventually(lambda: b"num_examples" in text_of(fleet), "an update is sent", bugged.logs)
         device.terminate()
         device.wait(30)
         sent = [bytes(s) for tap in (services, fleet) for s in tap.sent]

@@ -6,7 +6,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedia3.adapters.adapter import Adapter
+from fedia3.adapters.adapter import Adapter, vector_of
 from fedia3.adapters.schema import Schema, Target
 from fedia3.adapters.update import ClientUpdate, TrainingPlan, TrainRequest
 from fedia3.client.flower import client_app
@@ -144,7 +144,7 @@ def test_messages_are_copied_both_ways():
 
     @app.train()
     def edit(message, context):
-        message.content["config"]["round"] = 99
+        message.content["request"]["round"] = 99
         kept.append(Message(message.content, reply_to=message))
         return kept[0]
 
@@ -152,9 +152,9 @@ def test_messages_are_copied_both_ways():
     (node_id,) = grid.get_node_ids()
     sent = request_message(request("a"), node_id, None)
     (reply,) = grid.pull_messages(grid.push_messages([sent]))
-    kept[0].content["config"]["round"] = 100
-    assert sent.content["config"]["round"] == 1
-    assert reply.content["config"]["round"] == 99
+    kept[0].content["request"]["round"] = 100
+    assert sent.content["request"]["round"] == 1
+    assert reply.content["request"]["round"] == 99
 
 
 def test_a_client_app_that_raises_answers_with_an_error_without_text():
@@ -191,7 +191,7 @@ def test_a_stock_server_app_runs_on_the_local_grid():
         replies.extend(grid.send_and_receive(messages))
 
     run_server_app(app, LocalGrid(client_app(HalfWay(a=3, b=5)), ["a", "b"]))
-    assert [r.content["arrays"]["delta"].numpy().tolist() for r in replies] == [[1, 1], [2, 2]]
+    assert [vector_of(r.content["reply"]["delta"]).tolist() for r in replies] == [[1, 1], [2, 2]]
 
 
 def test_a_chunk_of_nobody_is_refused():
@@ -208,7 +208,7 @@ def test_each_node_is_told_its_client():
     @app.train()
     def look(message, context):
         seen.append((context.node_config["client"], len(context.state)))
-        context.state["left"] = message.content["config"]
+        context.state["left"] = message.content["request"]
         return Message(RecordDict(), reply_to=message)
 
     grid = LocalGrid(app, ["a", "b"], chunk=4)
