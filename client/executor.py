@@ -95,6 +95,10 @@ class Pause:
         signal.signal(wake, lambda *_: None)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
 
+    def served(self) -> None:
+        """What it was woken for is here; the next message brings its own signal."""
+        self._busy_until = time.monotonic()
+
     def take(self) -> None:
         """Wait for the next question's time."""
         is_busy = time.monotonic() < self._busy_until
@@ -148,6 +152,7 @@ def work(address: str, secret: bytes, wake: int) -> None:
         try:
             worker.look()
             if token := acquire(runtime):
+                pause.served()
                 worker.begin(token)
             else:
                 pause.take()

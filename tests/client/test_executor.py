@@ -33,6 +33,15 @@ def test_after_a_signal_pauses_are_short_for_a_while():
     assert pause._busy_until > time.monotonic() + BUSY_S / 2
 
 
+def test_once_the_message_is_here_pauses_are_long_again():
+    """Twenty devices on one machine had asked for half of its time, with nothing to get."""
+    pause = rested()
+    os.kill(os.getpid(), signal.SIGURG)
+    pause.take()
+    pause.served()
+    assert pause._busy_until <= time.monotonic()
+
+
 def test_a_message_that_hangs_does_not_keep_the_next_from_being_answered(monkeypatch):
     """The fork of a message that nobody waits for any more is ended for the next."""
     reading, writing = os.pipe()
