@@ -6,8 +6,8 @@ one that is installed, and that app is thin; so this process stays and has it lo
 app came along with a message is not even unpacked.
 
 The agent starts it as ``python -m fedia3.client.executor ADDRESS SECRET_FILE SIGNAL``, beside
-``flower-supernode --isolation process``, and sends it that signal when its gateway saw a message
-pass: asking the SuperNode often would keep a device's processor awake for nothing.
+``flower-supernode --isolation process``, and sends it that signal when its gateway saw that a
+message is complete: asking the SuperNode often would keep a device's processor awake for nothing.
 """
 
 import logging
@@ -37,9 +37,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from fedia3.client.flower import deployed
 
-IDLE_POLL_S = 5.0  # should a wake-up be lost
-BUSY_POLL_S = 0.1
-BUSY_S = 5.0  # after a wake-up, until the SuperNode has the message in order
+IDLE_POLL_S = 15.0  # should a wake-up be lost
 AGAIN_S = 2.0  # after the SuperNode did not answer
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"  # what the secret is asked for
 
@@ -84,28 +82,25 @@ def in_its_time(reply: Message, message: Message) -> Message:
 
 
 class Pause:
-    """The time between two questions: long, and short for a while after the signal ``wake``."""
+    """The time between two questions: until the signal ``wake`` comes, or a long while is over.
+
+    Asking before the SuperNode has all of a message is worse than useless: it hands the task out
+    early, and Flower's client then waits a second for what was not there yet.
+    """
 
     def __init__(self, wake: int) -> None:
         self._woken, writing = socket.socketpair()
         for end in (self._woken, writing):
             end.setblocking(False)
         self._writing = writing
-        self._busy_until = time.monotonic() + BUSY_S
         signal.signal(wake, lambda *_: None)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
 
-    def served(self) -> None:
-        """What it was woken for is here; the next message brings its own signal."""
-        self._busy_until = time.monotonic()
-
     def take(self) -> None:
         """Wait for the next question's time."""
-        is_busy = time.monotonic() < self._busy_until
-        woken, _, _ = select.select([self._woken], [], [], BUSY_POLL_S if is_busy else IDLE_POLL_S)
+        woken, _, _ = select.select([self._woken], [], [], IDLE_POLL_S)
         if woken:
             self._woken.recv(4096)
-            self._busy_until = time.monotonic() + BUSY_S
 
 
 class Worker:
@@ -152,7 +147,6 @@ def work(address: str, secret: bytes, wake: int) -> None:
         try:
             worker.look()
             if token := acquire(runtime):
-                pause.served()
                 worker.begin(token)
             else:
                 pause.take()
