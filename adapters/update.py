@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from fedia3.adapters.adapter import Vector
 from fedia3.errors import BadSetting
@@ -47,10 +48,20 @@ class TrainRequest:
 
     client: str
     round_num: int
-    seed: int
+    round_seed: int  # the same for all, as is what follows: a request is sent once for a cohort
     vector: Vector  # the global adapter, (n_params,)
     schema_digest: str
     plan: TrainingPlan
+
+    @property
+    def seed(self) -> int:
+        """What this client trains with."""
+        return client_seed(self.client, self.round_seed)
+
+
+def client_seed(client: str, round_seed: int) -> int:
+    """One client's share of a round's seed, in ``[0, 2**63)``: a signed field holds it."""
+    return int.from_bytes(sha256(f"{round_seed}/{client}".encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True, eq=False)

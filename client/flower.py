@@ -92,7 +92,7 @@ def read_request(message: Message, client: str) -> TrainRequest:
     return TrainRequest(
         client=client,
         round_num=_field(asked, "round", int),
-        seed=_field(asked, "seed", int),
+        round_seed=_field(asked, "seed", int),
         vector=_checked_vector(_field(asked, "vector", bytes)),
         schema_digest=_field(asked, "schema", str),
         plan=_checked_plan(asked),

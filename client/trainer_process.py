@@ -163,7 +163,12 @@ class DeviceTrainer:
         asked = frame.header
         plan = TrainingPlan(**asked["plan"])
         request = TrainRequest(
-            OWNER, asked["round"], asked["seed"], frame.vector(), asked["schema"], plan
+            client=OWNER,
+            round_num=asked["round"],
+            round_seed=asked["seed"],  # the device's own share of it
+            vector=frame.vector(),
+            schema_digest=asked["schema"],
+            plan=plan,
         )
         with self._doing(f"training round {request.round_num}"):
             self._use(plan.max_length)

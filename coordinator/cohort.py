@@ -22,9 +22,12 @@ def select(population: Sequence[str], round_num: int, seed: int, size: int) -> t
     return tuple(sorted(places, key=places.__getitem__)[:size])
 
 
-def training_seed(client: str, round_num: int, seed: int) -> int:
-    """The seed one client trains with in one round, in ``[0, 2**63)``: a signed field holds it."""
-    return int.from_bytes(_place(f"train/{client}", round_num, seed)[:8]) >> 1
+def round_seed(round_num: int, seed: int) -> int:
+    """What a round's clients draw their seeds from, in ``[0, 2**63)``: a signed field holds it.
+
+    It does not tell ``seed``, by which the next cohorts could be known.
+    """
+    return int.from_bytes(_place("train", round_num, seed)[:8]) >> 1
 
 
 def _place(client: str, round_num: int, seed: int) -> bytes:

@@ -23,6 +23,7 @@ from fedia3.clock import wall_ms
 from fedia3.coordinator.directory import Directory, OpenRound, RoundControl
 from fedia3.coordinator.handed_objects import HandedObjects, object_ids
 from fedia3.coordinator.last_seen import LastSeen
+from fedia3.coordinator.object_cache import ObjectCache
 from fedia3.errors import Fedia3Error
 from fedia3.proto.fleet import Answer, Call, refusal
 
@@ -31,7 +32,7 @@ ROUND_EVERY_S = 0.2
 HELD_S = 20.0  # a node gives its poll up after 30, a relay on the way after 25
 NOTED_EVERY_S = 5.0
 UNKNOWN_S = 60.0  # after the door opened it does not know who was handed what before
-MAX_OBJECTS = 64  # of one reply: an update has six, and one more for every 5 MB
+MAX_OBJECTS = 8  # of one reply: an update has three
 CALLS_A_S, CALLS_AT_ONCE = 50.0, 200.0  # of one key
 KEYS_COUNTED = 10_000
 
@@ -65,7 +66,7 @@ class Doorkeeper:
         self._app_digest = app_digest
         self._devices = _Remembered(self._read_devices, DEVICES_EVERY_S, now)
         self._control = _Remembered(directory.round_control, ROUND_EVERY_S, now)
-        self._handed = HandedObjects()
+        self._handed, self._cache = HandedObjects(), ObjectCache()
         self._now, self._opened_at = now, now()
         self._held_s = held_s
         self._held: dict[str, asyncio.Event] = {}  # by device: its poll
@@ -93,15 +94,17 @@ class Doorkeeper:
             if device_id is None:
                 return refusal(401, "this key belongs to no enrolled device any more; enrol it")
             fault = _fault(call, self._app_digest) or self._foreign(call, device_id)
-            return fault or await self._idle(call, device_id)
+            return fault or await self._cached(call, device_id) or await self._idle(call, device_id)
         except Fedia3Error as error:
             return _no_directory(error)
 
     async def after(self, call: Call, answer: Answer) -> Answer:
         """Let the answer through, unless it brings another app; note what it says."""
+        name = call.operation.name
+        if name == "pull-object":
+            self._keep(call, answer)
         if answer.status != 200:
             return answer
-        name = call.operation.name
         if name == "get-fab" and not _is_app(answer.message(call.operation), self._app_digest):
             return refusal(403, "the coordinator hands out another app")
         if name in ("send-node-heartbeat", "pull-messages", "push-messages"):
@@ -124,6 +127,26 @@ class Doorkeeper:
         opened = (await self._control.value()).open_round
         if opened and _holds_request(fetched, opened):
             self._served[device_id] = opened
+
+    async def _cached(self, call: Call, device_id: str) -> Answer | None:
+        """An object of the device's own request that the SuperLink gave another device already.
+
+        The key is only a claim, but the object's id is not to be guessed: it is the sha256 of what
+        the device was told of by the SuperLink.
+        """
+        if call.operation.name != "pull-object":
+            return None
+        request: Any = call.message
+        if not self._handed.may_touch(device_id, "pull-object", request):
+            return None
+        body = await self._cache.body(request.object_id)
+        return None if body is None else Answer(body=body)
+
+    def _keep(self, call: Call, answer: Answer) -> None:
+        request: Any = call.message
+        pulled: Any = answer.message(call.operation) if answer.status == 200 else None
+        is_whole = pulled is not None and pulled.object_found and pulled.object_available
+        self._cache.note(request.object_id, answer.body if is_whole else None)
 
     def _foreign(self, call: Call, device_id: str) -> Answer | None:
         """A refusal where the call touches an object that is not the device's."""

@@ -196,10 +196,13 @@ def nodes_by_client(nodes: Iterable[NodeInfo]) -> dict[str, int]:
 
 
 def request_message(request: TrainRequest, node_id: int, ttl_s: float | None) -> Message:
-    """The request on the wire; the client's id stays behind, its node knows who it is."""
+    """The request on the wire; the client's id stays behind, its node knows who it is.
+
+    So the content is the same bytes for a whole cohort, which Flower stores once.
+    """
     asked: dict[str, ConfigRecordValues] = {
         "round": request.round_num,
-        "seed": request.seed,
+        "seed": request.round_seed,
         "schema": request.schema_digest,
         "vector": vector_bytes(request.vector),
         **_plan_fields(request.plan),

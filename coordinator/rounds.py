@@ -15,7 +15,7 @@ import numpy as np
 from fedia3.adapters.adapter import Adapter
 from fedia3.adapters.schema import Schema
 from fedia3.adapters.update import TrainingPlan, TrainRequest
-from fedia3.coordinator.cohort import select, training_seed
+from fedia3.coordinator.cohort import round_seed, select
 from fedia3.coordinator.gate import Admitted, GateLimits, Rejected, Reply, admit
 from fedia3.coordinator.records import Contribution
 from fedia3.coordinator.registry import Registry
@@ -189,7 +189,7 @@ def requests_for(
         client: TrainRequest(
             client=client,
             round_num=round_num,
-            seed=training_seed(client, round_num, plan.seed),
+            round_seed=round_seed(round_num, plan.seed),
             vector=state.adapter.vector,
             schema_digest=state.adapter.schema.digest,
             plan=plan.training,

@@ -60,7 +60,7 @@ def flower_environment(config: CoordinatorConfig) -> dict[str, str]:
     """What Flower's processes are started with, beside this process's environment."""
     return {
         **flower_process.environment(config.flower),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # a run starts once in many rounds
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1.5",  # a run starts once in many rounds
         CONFIG_VARIABLE: str(config.file),
     }
 

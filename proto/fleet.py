@@ -41,7 +41,7 @@ PREFIX = "/v1/fleet/"
 KEY_HEADER = "flwr-public-key"  # base64 of the node's key, PEM SubjectPublicKeyInfo
 MEDIA_TYPE = "application/protobuf"
 
-MAX_BODY = 8 << 20  # bytes of a request: Flower cuts arrays into objects of 5 MB
+MAX_BODY = 12 << 20  # bytes of a request: an update is one object, of 10 MB for a 70B base
 SMALL_CALL = 256 << 10  # bytes of a request that pushes no object
 
 Headers = Mapping[str, str]

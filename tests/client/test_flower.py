@@ -44,7 +44,7 @@ class Doubler:
     """Answers with a delta that doubles what it was sent."""
 
     def train(self, request: TrainRequest) -> ClientUpdate:
-        return ClientUpdate(request.vector, 5, {"loss_mean": 0.5, "of": float(request.seed)})
+        return ClientUpdate(request.vector, 5, {"loss_mean": 0.5, "of": float(request.round_seed)})
 
 
 class Blabber:
@@ -61,7 +61,7 @@ def test_a_request_is_read_as_it_was_sent():
     """Vector, round, seed, schema and plan; what the plan leaves out has its default."""
     request = read_request(message(), "alice")
     assert request.vector.tolist() == [1.0, 2.0]
-    assert (request.client, request.round_num, request.seed) == ("alice", 3, 7)
+    assert (request.client, request.round_num, request.round_seed) == ("alice", 3, 7)
     assert request.schema_digest == "5c"
     assert request.plan == TrainingPlan(learning_rate=0.02, max_steps=4)
 

@@ -56,8 +56,8 @@ def remote(device: DeviceTrainer) -> Iterator[RemoteTrainer]:
 def request(toy: BaseModel, client: str = "c" * 32, **changes: object) -> TrainRequest:
     """Round 3, from the base as it is."""
     fields = {
-        "client": client, "round_num": 3, "seed": 7, "vector": Adapter.ones(toy.schema).vector,
-        "schema_digest": toy.schema.digest, "plan": PLAN,
+        "client": client, "round_num": 3, "round_seed": 7, "schema_digest": toy.schema.digest,
+        "vector": Adapter.ones(toy.schema).vector, "plan": PLAN,
     }  # fmt: skip
     return TrainRequest(**{**fields, **changes})  # type: ignore[arg-type]  # any field
 
@@ -68,9 +68,10 @@ def test_a_round_trained_over_the_socket_is_the_round(
     """
     The delta of the trainer itself comes back, whatever the coordinator calls this device.
     """
-    update = remote.train(request(toy))
+    asked = request(toy)
+    update = remote.train(asked)
     device._use(PLAN.max_length)
-    here = device.resident.train(request(toy, client="owner"))
+    here = device.resident.train(request(toy, client="owner", round_seed=asked.seed))
     assert np.abs(update.delta).max() > 0
     np.testing.assert_array_equal(update.delta, here.delta)
     assert (update.num_examples, update.metrics) == (here.num_examples, here.metrics)

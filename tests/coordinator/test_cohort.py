@@ -1,6 +1,7 @@
 import pytest
 
-from fedia3.coordinator.cohort import select, training_seed
+from fedia3.adapters.update import client_seed
+from fedia3.coordinator.cohort import round_seed, select
 from fedia3.errors import BadSetting
 
 PEOPLE = [f"user{i}" for i in range(20)]
@@ -45,8 +46,8 @@ def test_an_empty_cohort_is_refused():
         select(PEOPLE, 1, 0, 0)
 
 
-def test_a_training_seed_fits_a_signed_field_and_differs_by_client_and_round():
+def test_a_clients_seed_fits_a_signed_field_and_differs_by_client_and_round():
     """Seeds lie in [0, 2**63) and no two of these agree."""
-    seeds = [training_seed(c, r, 0) for c in ("a", "b") for r in (1, 2)]
+    seeds = [client_seed(c, round_seed(r, 0)) for c in ("a", "b") for r in (1, 2)]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)

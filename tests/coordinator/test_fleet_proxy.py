@@ -19,6 +19,7 @@ from flwr.proto.message_pb2 import (
     Metadata,
     ObjectTree,
     PullObjectRequest,
+    PullObjectResponse,
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
@@ -225,6 +226,45 @@ def test_a_device_reads_its_own_requests_alone() -> None:
     assert statuses(door, "array", BOB) == [403, 403, 403]
 
 
+def test_a_cohorts_common_object_is_fetched_once() -> None:
+    """
+    Ann fetches it from the SuperLink; Bob, who was told of it too, has it from the door.
+    """
+    door = Door()
+    tree = ObjectTree(object_id="message", children=[ObjectTree(object_id="array")])
+    fetched = PullMessagesResponse(messages_list=[Message()], message_object_trees=[tree])
+    given = PullObjectResponse(object_found=True, object_available=True, object_content=b"1")
+
+    async def ask() -> list[Answer | None]:
+        for key in (ANN, BOB):
+            await door.keeper.after(poll(key), Answer(body=fetched.SerializeToString()))
+        pulls = [touches("array", key)[0] for key in (ANN, BOB)]
+        first = await door.keeper.before(pulls[0])
+        await door.keeper.after(pulls[0], Answer(body=given.SerializeToString()))
+        return [first, await door.keeper.before(pulls[1])]
+
+    assert asyncio.run(ask()) == [None, Answer(body=given.SerializeToString())]
+
+
+def test_an_object_that_was_not_there_yet_is_asked_for_again() -> None:
+    """
+    The SuperLink names objects before it has them; its "not yet" is nothing to keep.
+    """
+    door = Door()
+    tree = ObjectTree(object_id="array")
+    fetched = PullMessagesResponse(messages_list=[Message()], message_object_trees=[tree])
+    not_yet = PullObjectResponse(object_found=True, object_available=False)
+    pull = touches("array")[0]
+
+    async def ask() -> list[Answer | None]:
+        await door.keeper.after(poll(), Answer(body=fetched.SerializeToString()))
+        first = await door.keeper.before(pull)
+        await door.keeper.after(pull, Answer(body=not_yet.SerializeToString()))
+        return [first, await door.keeper.before(pull)]
+
+    assert asyncio.run(ask()) == [None, None]
+
+
 def test_a_device_writes_its_own_replies_alone() -> None:
     """
     Ann may push what she announced; that does not make another device's object hers to read.
@@ -240,7 +280,7 @@ def test_a_device_writes_its_own_replies_alone() -> None:
 
 def test_a_reply_has_few_objects() -> None:
     """
-    Thousands of 8 MiB each would fill the SuperLink's disk; an update is a handful.
+    Thousands of 12 MiB each would fill the SuperLink's disk; an update is a handful.
     """
 
     def announced(objects: int) -> Call:

@@ -87,7 +87,7 @@ def test_a_request_survives_the_wire():
     sent = request()
     got = read_request(request_message(sent, node_id=2, ttl_s=9.0), "alice")
     assert got.vector.tolist() == [1.0, 2.0]
-    assert (got.client, got.round_num, got.seed) == ("alice", 3, 2**63 - 1)
+    assert (got.client, got.round_num, got.round_seed) == ("alice", 3, 2**63 - 1)
     assert (got.schema_digest, got.plan) == ("5c", sent.plan)
 
 
@@ -98,6 +98,14 @@ def test_a_request_is_few_objects_that_live_until_the_deadline():
     assert len(get_all_nested_objects(message)) == 3
     assert message.metadata.ttl == 9.0
     assert message.metadata.message_type == MessageType.TRAIN
+
+
+def test_the_whole_cohort_is_sent_the_same_content():
+    """Flower stores each object once, and the door fetches it once: devices draw their seeds."""
+    LocalGrid(ClientApp(), [])
+    ann, bob = (request_message(request(name), node_id=2, ttl_s=9.0) for name in ("ann", "bob"))
+    assert ann.content.object_id == bob.content.object_id
+    assert request("ann").seed != request("bob").seed
 
 
 def test_a_sound_reply_is_read_whole():

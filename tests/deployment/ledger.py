@@ -11,8 +11,9 @@ from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.base_store import BaseStore
 from fedia3.adapters.manifest import read_manifest, schema
+from fedia3.adapters.update import client_seed
 from fedia3.client.coordinator import Coordinator
-from fedia3.coordinator.cohort import training_seed
+from fedia3.coordinator.cohort import round_seed
 from fedia3.coordinator.records import Owner, RoundRecord
 from fedia3.coordinator.registry import Registry
 from fedia3.errors import Fedia3Error
@@ -48,7 +49,7 @@ def _check_round(registry: Registry, before: RoundRecord, after: RoundRecord) ->
     total = np.zeros(TINY.n_params, dtype=np.float64)
     weight = 0
     for c in accepted:
-        seed = training_seed(c.client, after.round_num, SEED)
+        seed = client_seed(c.client, round_seed(after.round_num, SEED))
         delta, examples = contribution(seed, TINY.n_params)
         assert c.num_examples == examples
         total += examples * delta.astype(np.float64)
