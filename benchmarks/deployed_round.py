@@ -3,7 +3,8 @@
 A coordinator (`fedia3 coordinator serve`) and N devices (agent, flower-supernode, executor, and the
 failure drill's trainer, which answers at once) run as real processes on this machine. What is timed
 is from one committed round to the next, by the registry's own times. The first rounds, in which
-devices still join, are left out, and so are those between two Flower runs.
+devices still join, are left out, and so are those between two Flower runs. Beside it stands what
+the coordinator's parts took of a processor, for each device and round.
 
     python benchmarks/deployed_round.py --devices 2 20 --rounds 15 --repeats 3
 """
@@ -25,8 +26,11 @@ WARM_UP = 3  # rounds
 JOIN_S = 300.0
 
 
-def measure(devices: int, rounds: int) -> list[float]:
-    """Seconds of each round with all devices in it."""
+Costs = dict[str, float]  # by part of the coordinator, processor seconds for a device and round
+
+
+def measure(devices: int, rounds: int) -> tuple[list[float], Costs]:
+    """Seconds of each round with all devices in it, and what they cost."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         users = [f"user{number}" for number in range(devices)]
         made = light_deployment(
@@ -36,8 +40,12 @@ def measure(devices: int, rounds: int) -> list[float]:
             for device in made.devices:
                 device.run_light()
             (coordinator,) = made.coordinators
-            coordinator.wait_for_round(WARM_UP + rounds, within_s=JOIN_S + 30.0 * rounds)
-            return times(coordinator, devices)[-rounds:]
+            coordinator.wait_for_round(WARM_UP, within_s=JOIN_S)
+            before, first = coordinator.cpu_s(), coordinator.round_num()
+            coordinator.wait_for_round(first + rounds, within_s=JOIN_S + 30.0 * rounds)
+            after, asked = coordinator.cpu_s(), devices * (coordinator.round_num() - first)
+            costs = {part: (after[part] - before[part]) / asked for part in after}
+            return times(coordinator, devices)[-rounds:], costs
         finally:
             made.close()
 
@@ -61,14 +69,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     for devices in args.devices:
-        began, seconds = time.monotonic(), list[float]()
+        began, seconds, costs = time.monotonic(), list[float](), list[Costs]()
         for _ in range(args.repeats):
-            seconds += measure(devices, args.rounds)
+            taken, cost = measure(devices, args.rounds)
+            seconds += taken
+            costs.append(cost)
+        by_part = {part: statistics.median(c[part] for c in costs) * 1000 for part in costs[0]}
         print(
             f"{devices:>3} devices: {statistics.median(seconds):.2f} s a round, median of "
             f"{len(seconds)} (p10 {statistics.quantiles(seconds, n=10)[0]:.2f}, p90 "
             f"{statistics.quantiles(seconds, n=10)[-1]:.2f}, {min(seconds):.2f} to "
-            f"{max(seconds):.2f}); {args.repeats} repeats in {time.monotonic() - began:.0f} s",
+            f"{max(seconds):.2f}); {args.repeats} repeats in {time.monotonic() - began:.0f} s; "
+            "processor ms for a device and round: "
+            + ", ".join(f"{part} {used:.0f}" for part, used in by_part.items()),
             flush=True,
         )
 

@@ -49,7 +49,7 @@ from fedia3.coordinator.config import CoordinatorConfig
 from fedia3.coordinator.directory import Device, Invite, Token, open_directory
 from fedia3.coordinator.setup import Setting, set_up
 from fedia3.coordinator.superlink import ControlLink
-from fedia3.processes import read_statuses
+from fedia3.processes import free_ports, read_statuses
 
 POLL_S, HEARTBEAT_S = 3.0, 30.0  # literals of flwr 1.41.0
 SIGNED_FOR_S = 200.0  # a signature over the time holds for 300 s
@@ -184,8 +184,9 @@ async def play(
 
 
 def enrol(config: CoordinatorConfig, count: int) -> list[Player]:
-    """Devices that coordinator and SuperLink know."""
+    """Devices that coordinator and SuperLink know; no round asks them anything."""
     directory, link = open_directory(config.registry), ControlLink(config)
+    directory.set_paused(True)  # idle is what is measured
     players = []
     now_ms = time.time_ns() // 10**6
     for number in range(count):
@@ -207,8 +208,8 @@ def enrol(config: CoordinatorConfig, count: int) -> list[Player]:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[CoordinatorConfig]:
-    """A coordinator that runs no rounds."""
-    ports = [random.randrange(20_000, 32_000) for _ in range(3)]
+    """A coordinator, all parts up."""
+    ports = free_ports(3)
     setting = Setting(
         hosts=("127.0.0.1",), bind="127.0.0.1",
         grpc_port=ports[0], fleet_port=ports[1], superlink_port=ports[2],
@@ -274,7 +275,7 @@ def measure(
 def main() -> None:
     """Print each stage, then each door's largest that held, over the repeats."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, nargs="+", default=[100, 200, 400, 800, 1600, 2400])
+    parser.add_argument("--devices", type=int, nargs="+", default=[100, 200, 400, 800, 1600, 3200])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ramp", type=float, default=10.0, help="s in which the devices join")
     parser.add_argument("--hold", type=float, default=30.0, help="s that count")

@@ -8,7 +8,6 @@ take a round's message in the executor's place.
 import os
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from fedia3.client.device import DeviceFolder, Enrolment
 from fedia3.client.gateway import Gatekeeper, Gateway
 from fedia3.client.trainer_socket import SOCKET_VARIABLE
 from fedia3.private_files import write_private
-from fedia3.processes import Backoff, Part, PartStatus, Supervisor
+from fedia3.processes import Backoff, Part, PartStatus, Supervisor, free_ports
 from fedia3.proto import flower_process
 
 AFTER_DEATH = Backoff(first_s=15.0, longest_s=30.0)  # until the old heartbeat's end it is refused
@@ -61,7 +60,7 @@ class Node:
                 os.kill(pid, WAKE)
 
     def _parts(self, folder: DeviceFolder, trainer: Path) -> tuple[Part, Part]:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_ports(1)[0]}"
         secret = folder.path / "superexec.secret"
         write_private(secret, secrets.token_hex(32).encode())
         env = flower_environment(folder.path / "flwr", trainer)
@@ -96,8 +95,3 @@ SMALL: Mapping[str, str] = {
     "MALLOC_ARENA_MAX": "2",  # glibc keeps freed memory for each thread otherwise
     "OPENBLAS_NUM_THREADS": "1",  # numpy's threads, which nobody here needs
 }
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedia3.errors import NotFound
+from fedia3.errors import Conflict, NotFound
 from fedia3.processes import (
     MARK,
     Backoff,
@@ -23,6 +24,7 @@ from fedia3.processes import (
     Supervisor,
     birth,
     end_leftovers,
+    free_ports,
     read_statuses,
 )
 
@@ -460,3 +462,28 @@ def test_a_damaged_status_file_is_no_status(tmp_path: Path) -> None:
     (tmp_path / "parts.json").write_text('{"mark": "m", "parts": [')
     assert read_statuses(tmp_path / "parts.json") == ()
     assert read_statuses(tmp_path / "none.json") == ()
+
+
+def test_free_ports_are_none_that_connections_are_given() -> None:
+    """
+    Each can be listened on, and the system will not hand it out before that.
+    """
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    lots = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if lots.exists():
+        assert max(ports) < int(lots.read_text().split()[0])
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_port_that_somebody_has_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Of two ports the taken one is not given; three of them there are not.
+    """
+    first, second = free_ports(2)
+    monkeypatch.setattr("fedia3.processes.OWN_PORTS", (first, second))
+    with socket.create_server(("127.0.0.1", first)):
+        assert free_ports(1) == [second]
+        with pytest.raises(Conflict, match="3 ports"):
+            free_ports(3)

@@ -12,8 +12,10 @@ import ctypes
 import json
 import logging
 import os
+import random
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from typing import IO, Any, Literal
 
 import psutil
 
-from fedia3.errors import NotFound, StorageFailed
+from fedia3.errors import Conflict, NotFound, StorageFailed
 from fedia3.private_files import write_private
 
 State = Literal["stopped", "starting", "running", "waiting"]
@@ -34,6 +36,7 @@ LOOK_EVERY_S = 10.0  # at a part that is up
 ANSWERS_WITHIN_S = 10.0  # for one look
 LOG_BYTES = 16 << 20  # of a part's log; the piece before it is kept beside it
 PR_SET_PDEATHSIG = 1
+OWN_PORTS = range(10_000, 32_768)  # what no system gives to connections
 
 Report = Callable[[], None]
 
@@ -417,3 +420,23 @@ def _left_of(status: PartStatus, mark: str) -> Iterator[psutil.Process]:
 def _is_left(process: psutil.Process, status: PartStatus, mark: str) -> bool:
     is_part = process.pid == status.pid and birth(process.pid) == status.started
     return is_part or process.environ().get(MARK) == mark
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine's loopback that nobody has, for parts that will listen on them.
+
+    They lie outside of what the system gives to connections (Linux: from 32768 on; others: from
+    49152): a connection that got one before the part listens would shut it out while it lasts.
+
+    Raises:
+        Conflict: there are not that many.
+    """
+    with contextlib.ExitStack() as held:
+        found = list[int]()
+        for port in random.sample(OWN_PORTS, len(OWN_PORTS)):
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise Conflict(f"{count} ports of {OWN_PORTS[0]} to {OWN_PORTS[-1]} are wanted, not all free")

@@ -40,6 +40,7 @@ from fedia3.client.coordinator import Coordinator
 from fedia3.client.personal_store import ones_digest
 from fedia3.coordinator.certificates import Issued, make_authority, make_server_certificate
 from fedia3.errors import Fedia3Error
+from fedia3.processes import free_ports
 
 CHUNK = 10  # characters; 20 in a row, wherever they begin, hold a whole chunk
 PATIENCE_S = 180.0
@@ -334,15 +335,6 @@ def made_up_texts(count: int) -> list[str]:
     lot = random.Random(26)
     words = ["".join(lot.choices(string.ascii_lowercase, k=lot.randint(3, 8))) for _ in range(400)]
     return [" ".join(lot.choices(words, k=12)) for _ in range(count)]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def eventually(condition: Callable[[], Any], what: str, logs: Callable[[], str] = str) -> Any:

@@ -1,8 +1,6 @@
 """New coordinators for tests, each on ports of its own."""
 
-import socket
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 
 from fedia3.coordinator.config import CoordinatorConfig
 from fedia3.coordinator.setup import Setting, set_up
+from fedia3.processes import free_ports
 
 NewCoordinator = Callable[[Path], CoordinatorConfig]
 
@@ -23,10 +22,3 @@ def new_coordinator() -> NewCoordinator:
         return set_up(folder, setting, datetime.now(UTC))
 
     return make
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in taken]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,18 +15,10 @@ from typing import Any
 import psutil
 
 from fedia3.coordinator.registry import Registry
+from fedia3.processes import free_ports, read_statuses
 
 PATIENCE_S = 120.0  # for what takes seconds on an idle machine
 LIGHT_DEVICE = Path(__file__).with_name("light_device.py")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def eventually(
@@ -141,6 +132,17 @@ class RunningCoordinator:
             return False
 
         eventually(is_up, "the coordinator's parts run")
+
+    def cpu_s(self) -> dict[str, float]:
+        """Processor seconds of each part so far, those of its children with it."""
+        used = {}
+        for part in read_statuses(self.folder / "parts.json"):
+            used[part.name] = 0.0
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in tree(psutil.Process(part.pid)):
+                    times = process.cpu_times()
+                    used[part.name] += times.user + times.system
+        return used
 
     def stop(self) -> None:
         end(self.process)
