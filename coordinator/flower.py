@@ -41,8 +41,9 @@ class FlowerFleet:
     """The devices behind a Flower ``Grid``; a node's registered name is its client's id.
 
     ``admitted`` says which of the nodes online take part, by client; ``sent`` is called when a
-    round's requests lie at the SuperLink. A SuperLink that is away for
-    a while costs time, not the round: the requests and replies lie in its database.
+    round's requests lie at the SuperLink; ``pull``, by default the grid's, fetches the replies that
+    are there. A SuperLink that is away for a while costs time, not the round: the requests and
+    replies lie in its database.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class FlowerFleet:
         poll_s: float = POLL_S,
         admitted: Callable[[Nodes], Mapping[str, int]] | None = None,
         sent: Callable[[], None] = lambda: None,
+        pull: Callable[[Sequence[str]], Iterable[Message]] | None = None,
     ) -> None:
         self._grid = grid
+        self._pull_ready = pull or grid.pull_messages
         self._poll_s = poll_s
         self._admitted = admitted or nodes_by_client
         self._sent = sent
@@ -110,7 +113,7 @@ class FlowerFleet:
 
     def _pulled(self, message_ids: Sequence[str]) -> Sequence[Message]:
         try:
-            return list(self._grid.pull_messages(message_ids))
+            return list(self._pull_ready(message_ids))
         except httpx.HTTPError as error:
             logger.warning("a poll was lost (%s); asking again", type(error).__name__)
             time.sleep(WORKS_AGAIN_S)
@@ -138,6 +141,7 @@ def _deployed(grid: Grid, context: Context) -> None:
     from fedia3.coordinator import campaign  # noqa: PLC0415  # as above
     from fedia3.coordinator.config import config_path, read_config  # noqa: PLC0415  # as above
     from fedia3.coordinator.directory import open_directory  # noqa: PLC0415  # as above
+    from fedia3.coordinator.mailbox import Mailbox  # noqa: PLC0415  # as above
     from fedia3.coordinator.registry import Registry  # noqa: PLC0415  # as above
 
     config = read_config(config_path())
@@ -152,6 +156,7 @@ def _deployed(grid: Grid, context: Context) -> None:
             grid,
             admitted=lambda nodes: enrolled(nodes, directory.enrolled()),
             sent=book.requests_sent,
+            pull=Mailbox.of(grid).pull,
         )
         work = campaign.Campaign(
             registry,
