@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "deployment"))
-from harness import RunningCoordinator, light_deployment
+from harness import RunningCoordinator, cpu_s, light_deployment
 
 from fedia3.coordinator.registry import Registry
 
@@ -41,9 +41,10 @@ def measure(devices: int, rounds: int) -> tuple[list[float], Costs]:
                 device.run_light()
             (coordinator,) = made.coordinators
             coordinator.wait_for_round(WARM_UP, within_s=JOIN_S)
-            before, first = coordinator.cpu_s(), coordinator.round_num()
+            parts = coordinator.folder / "parts.json"
+            before, first = cpu_s(parts), coordinator.round_num()
             coordinator.wait_for_round(first + rounds, within_s=JOIN_S + 30.0 * rounds)
-            after, asked = coordinator.cpu_s(), devices * (coordinator.round_num() - first)
+            after, asked = cpu_s(parts), devices * (coordinator.round_num() - first)
             costs = {part: (after[part] - before[part]) / asked for part in after}
             return times(coordinator, devices)[-rounds:], costs
         finally:

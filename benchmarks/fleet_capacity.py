@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -44,6 +43,9 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "deployment"))
+from harness import cpu_s
 
 from fedia3.coordinator.config import CoordinatorConfig
 from fedia3.coordinator.directory import Device, Invite, Token, open_directory
@@ -234,16 +236,6 @@ def serving(folder: Path) -> Iterator[CoordinatorConfig]:
         process.wait(30)
 
 
-def cpu_times(config: CoordinatorConfig) -> dict[str, float]:
-    """Processor seconds each part has used."""
-    used = {}
-    for part in read_statuses(config.parts_file):
-        with contextlib.suppress(psutil.Error):
-            times = psutil.Process(part.pid).cpu_times()
-            used[part.name] = times.user + times.system
-    return used
-
-
 def measure(
     config: CoordinatorConfig, door: str, players: Sequence[Player], args: argparse.Namespace
 ) -> bool:
@@ -252,11 +244,11 @@ def measure(
         "superlink": config.coordinator.superlink_port,
         "proxy": config.coordinator.fleet_port,
     }
-    before, began = cpu_times(config), time.monotonic()
+    before, began = cpu_s(config.parts_file), time.monotonic()
     ramp_s = max(args.ramp, len(players) / 40)
     stage = asyncio.run(play(ports[door], config.ca, players, ramp_s, args.hold))
     took = time.monotonic() - began
-    after = cpu_times(config)
+    after = cpu_s(config.parts_file)
     busy = "  ".join(
         f"{name} {(after[name] - before.get(name, 0)) / took:4.0%}"
         for name in ("superlink", "proxy")

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import httpx
-from flwr.app import Message
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
@@ -19,7 +22,6 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     ObjectUnavailableError,
     inflate_object_from_contents,
 )
@@ -40,7 +42,7 @@ class Runtime(Protocol):
 class _Announced:
     """A reply of which not all objects are here yet."""
 
-    message_id: str
+    metadata: Metadata
     missing: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
 
@@ -52,7 +54,6 @@ class Mailbox:
         self._runtime, self._node, self._run_id = runtime, node, run_id
         self._fetch = make_pull_object_fn_protobuf(runtime.PullObject, node, run_id)  # type: ignore[arg-type]  # one call of the API
         self._announced: dict[str, _Announced] = {}  # by the request's id
-        self._lost = set[str]()  # requests whose replies were announced and given up
 
     @classmethod
     def of(cls, grid: Grid) -> "Mailbox":
@@ -63,37 +64,38 @@ class Mailbox:
     def pull(self, request_ids: Sequence[str]) -> list[Message]:
         """The replies to these requests that are here by now, each once.
 
+        One that cannot be had, as its upload was given up or it is no message, comes as an error.
+
         Raises:
             httpx.HTTPError: the SuperLink does not answer; nothing is lost by that.
         """
         wanted = set(request_ids)
         self._announced = {i: a for i, a in self._announced.items() if i in wanted}
-        self._lost &= wanted
         # an announced reply is asked for no more: Flower would answer with an error
-        if unheard := [i for i in wanted - self._lost if i not in self._announced]:
+        if unheard := [i for i in wanted if i not in self._announced]:
             self._note(self._runtime.PullMessages(PullAppMessagesRequest(message_ids=unheard)))
-        complete = list[Message]()
-        for request_id in list(self._announced):
+        ready = list[Message]()
+        for request_id, reply in list(self._announced.items()):
             try:
-                if message := self._completed(self._announced[request_id]):
-                    complete.append(message)
-                    del self._announced[request_id]
-            except ObjectPullError:
-                logger.warning("a reply was announced and not uploaded in time")
-                self._lost.add(request_id)
-                del self._announced[request_id]
+                message = self._completed(reply)
             except httpx.HTTPError:
-                if not complete:
+                if not ready:
                     raise
                 break
-        return complete
+            except Exception as error:  # a device's bytes may break Flower's decoding in any way
+                message = _unavailable(reply.metadata, error)
+            if message:
+                ready.append(message)
+                del self._announced[request_id]
+        return ready
 
     def _note(self, pulled: PullAppMessagesResponse) -> None:
         trees: Sequence[ObjectTree] = pulled.message_object_trees
         for told, tree in zip(pulled.messages_list, trees, strict=True):
             objects = [each.object_id for each in iterate_object_tree(tree)]
-            self._announced[told.metadata.reply_to_message_id] = _Announced(
-                told.metadata.message_id, list(dict.fromkeys(objects))
+            metadata = metadata_from_proto(told.metadata)
+            self._announced[metadata.reply_to_message_id] = _Announced(
+                metadata, list(dict.fromkeys(objects))
             )
 
     def _completed(self, reply: _Announced) -> Message | None:
@@ -103,12 +105,22 @@ class Mailbox:
             except ObjectUnavailableError:
                 return None
             del reply.missing[0]
-        message = inflate_object_from_contents(reply.message_id, dict(reply.contents))
-        assert isinstance(message, Message)
-        message.metadata.__dict__["_message_id"] = reply.message_id
+        message_id = reply.metadata.message_id
         self._runtime.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
-                node=self._node, run_id=self._run_id, message_object_id=reply.message_id
+                node=self._node, run_id=self._run_id, message_object_id=message_id
             )
         )
-        return message
+        message = inflate_object_from_contents(message_id, reply.contents)
+        if not isinstance(message, Message):
+            raise TypeError(f"expected a message, got {type(message).__name__}")
+        # whose reply it is stands in what was announced, which the door has checked
+        if message.has_error():
+            return make_message(reply.metadata, error=message.error)
+        return make_message(reply.metadata, message.content)
+
+
+def _unavailable(metadata: Metadata, error: Exception) -> Message:
+    reason = type(error).__name__  # the text may hold what the device sent
+    logger.warning("the reply of Flower's node %d cannot be had: %s", metadata.src_node_id, reason)
+    return make_message(metadata, error=Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason))

@@ -424,6 +424,45 @@ asyncio.run(main())
         asyncio.run(scenario())
 
 
+def test_a_program_that_speaks_grpc_starts_parts_that_live(tmp_path: Path) -> None:
+    """
+    gRPC's fork handlers would run in the child before its program, and end one of seven.
+    """
+    program = f"""
+import asyncio, collections, contextlib, pathlib, sys
+from fedia3.cli import main
+with contextlib.suppress(SystemExit):
+    sys.argv = ["fedia3", "--version"]
+    main()
+import grpc
+from fedia3.processes import Part, _spawn
+async def talk(port):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{{port}}") as channel:
+        while True:
+            with contextlib.suppress(grpc.RpcError):
+                await channel.unary_unary("/no/such")(b"")
+async def spawn():
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    talks = asyncio.create_task(talk(port))
+    ends = collections.Counter()
+    part = Part("quick", ("true",), pathlib.Path({str(tmp_path / "log")!r}))
+    for _ in range(200):
+        child = await _spawn(part, "mark")
+        ends[await asyncio.wait_for(child.wait(), 20)] += 1
+    talks.cancel()
+    print(dict(ends))
+asyncio.run(spawn())
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["{0: 200}"], done.stdout + done.stderr
+
+
 def test_a_recycled_pid_is_left_alone(tmp_path: Path) -> None:
     """
     A process that has the number of a dead part, but was made at another time, is somebody else.

@@ -83,7 +83,7 @@ class SplitBy(StrEnum):
 
 def main() -> None:
     """Run the command line; errors made on purpose become one line and an exit code."""
-    _quiet()
+    _set_up_libraries()
     try:
         app()
     except Fedia3Error as error:
@@ -463,12 +463,14 @@ def _version_facts(version: "AdapterVersion | None") -> dict[str, Any] | None:
     return None if version is None else {"owner": version.user or "everyone"} | asdict(version)
 
 
-def _quiet() -> None:
-    """Keep libraries from telling users what only their authors can act on."""
+def _set_up_libraries() -> None:
+    """What they read when they are imported; they need not say what only their authors can mend."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it prints every handshake that fails
+    # its fork handlers run before a child's program does, and may end it (signal 6 or 11)
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logging.getLogger("flwr").setLevel(logging.WARNING)
     logging.getLogger("fedia3").addHandler(logging.NullHandler())  # commands say it themselves
 

@@ -107,17 +107,56 @@ def test_a_reply_that_was_announced_and_not_uploaded_holds_nobody() -> None:
     assert link.asked == [["quick", "slow"]]
 
 
-def test_a_reply_whose_upload_was_given_up_stays_missing() -> None:
+def test_a_reply_whose_upload_was_given_up_comes_as_an_error() -> None:
     """
-    Flower forgets its objects after three minutes; the round goes on without it.
+    Flower forgets its objects after three minutes; the round need not wait for its deadline.
     """
     link = SuperLink([reply("a")])
     box = mailbox(link)
     assert box.pull(["a"]) == []
     link.is_over = True
-    assert box.pull(["a", "b"]) == []
-    assert box.pull(["a", "b"]) == []
+    (message,) = box.pull(["a", "b"])
+    assert message.metadata.reply_to_message_id == "a"
+    assert message.error.reason == "ObjectPullError"
+    assert box.pull(["b"]) == []
     assert link.asked == [["a"], ["b"], ["b"]]
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        b"",
+        b"\xff\x00body",
+        b"NoSuchClass  0\x00",
+        b"Message  0\x00",  # neither content nor an error
+        b"Message  3\x00\xff\xff\xff",
+        b"Message " + b"0" * 64 + b" 0\x00",  # its content was not announced
+        b"RecordDict  0\x00",
+    ],
+    ids=["empty", "no text", "unknown", "hollow", "garbled", "a part missing", "no message"],
+)
+def test_a_reply_that_is_no_message_comes_as_an_error_and_holds_nobody(root: bytes) -> None:
+    """
+    The device is answered for; the others' replies come.
+    """
+    bad, good = reply("bad"), reply("good")
+    link = SuperLink([bad, good])
+    link.upload(bad, good)
+    link.objects[bad.metadata.message_id] = root
+    messages = {m.metadata.reply_to_message_id: m for m in mailbox(link).pull(["bad", "good"])}
+    assert messages["bad"].has_error()
+    assert messages["good"].content["reply"]["to"] == "good"
+
+
+def test_a_reply_is_to_the_request_it_was_announced_for() -> None:
+    """
+    Whatever its own text says: only what was announced has been checked against the sender's key.
+    """
+    theirs, mine = reply("theirs"), reply("mine")
+    link = SuperLink([mine])
+    link.upload(mine, theirs)
+    link.objects[mine.metadata.message_id] = link.objects[theirs.metadata.message_id]
+    assert answered(mailbox(link).pull(["mine", "theirs"])) == ["mine"]
 
 
 def test_a_superlink_that_is_away_loses_no_reply() -> None:

@@ -86,6 +86,18 @@ def named(process: psutil.Process | None, word: str) -> list[psutil.Process]:
     return found
 
 
+def cpu_s(parts_file: Path) -> dict[str, float]:
+    """Processor seconds of each part of a coordinator so far, those of its children with it."""
+    used = {}
+    for part in read_statuses(parts_file):
+        used[part.name] = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in tree(psutil.Process(part.pid)):
+                times = process.cpu_times()
+                used[part.name] += times.user + times.system
+    return used
+
+
 @dataclass
 class RunningCoordinator:
     """A coordinator's folder and, while it serves, its supervisor."""
@@ -132,17 +144,6 @@ class RunningCoordinator:
             return False
 
         eventually(is_up, "the coordinator's parts run")
-
-    def cpu_s(self) -> dict[str, float]:
-        """Processor seconds of each part so far, those of its children with it."""
-        used = {}
-        for part in read_statuses(self.folder / "parts.json"):
-            used[part.name] = 0.0
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in tree(psutil.Process(part.pid)):
-                    times = process.cpu_times()
-                    used[part.name] += times.user + times.system
-        return used
 
     def stop(self) -> None:
         end(self.process)
