@@ -264,6 +264,26 @@ class Registry:
         """
         return self.store.owners(kind, after, limit)
 
+    def base_of(self, owner: Owner, beginning: str = "") -> str:
+        """Digest of the one base model that the owner has versions on and that begins like this.
+
+        Raises:
+            NotFound: there is none.
+            BadSetting: there are several.
+        """
+        bases = self.store.bases(owner)
+        found = [base for base in bases if base.startswith(beginning)]
+        if len(found) == 1:
+            return found[0]
+        if not bases:
+            raise NotFound(f"{owner} has no adapter; list the owners there are")
+        listed = ", ".join(base[:12] for base in bases)
+        if not found:
+            raise NotFound(
+                f"{owner} has no adapter for a base model {beginning!r}; there are {listed}"
+            )
+        raise BadSetting(f"{owner} has adapters for {len(found)} base models, name one: {listed}")
+
     def latest_round(self) -> RoundRecord | None:
         """The last committed round, None before the first."""
         return self.store.latest_round()

@@ -110,6 +110,10 @@ class Store(Protocol):
         """
         ...
 
+    def bases(self, owner: Owner) -> tuple[str, ...]:
+        """Digests of the base models that the owner has versions on, in order."""
+        ...
+
     def close(self) -> None:
         """Let go of files and connections; the store is not used afterwards."""
         ...

@@ -141,6 +141,12 @@ class MemoryStore:
             owners = {o for (o, _base), line in lines if o.kind == kind and line.records}
         return tuple(sorted(o for o in owners if after is None or o.name > after)[:limit])
 
+    def bases(self, owner: Owner) -> tuple[str, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.bases`."""
+        with self._lock:
+            lines = self._lines.items()
+            return tuple(sorted(on for (who, on), line in lines if who == owner and line.records))
+
     def close(self) -> None:
         """Nothing to let go of."""
 

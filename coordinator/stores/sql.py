@@ -256,10 +256,9 @@ class SqlStore:
     ) -> tuple[Owner, ...]:
         """See :meth:`fedia3.coordinator.store.Store.owners`."""
         require_positive(limit)
-        has_versions = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id)
         query = (
             select(AdapterRow.owner_name)
-            .where(AdapterRow.owner_kind == kind, has_versions.exists())
+            .where(AdapterRow.owner_kind == kind, _HAS_VERSIONS)
             .distinct()
         )
         if after is not None:
@@ -267,6 +266,20 @@ class SqlStore:
         with self._database.reading() as connection:
             names = connection.scalars(query.order_by(AdapterRow.owner_name).limit(limit)).all()
         return tuple(Owner(kind, name) for name in names)
+
+    def bases(self, owner: Owner) -> tuple[str, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.bases`."""
+        query = (
+            select(AdapterRow.base)
+            .where(
+                AdapterRow.owner_kind == owner.kind,
+                AdapterRow.owner_name == owner.name,
+                _HAS_VERSIONS,
+            )
+            .order_by(AdapterRow.base)
+        )
+        with self._database.reading() as connection:
+            return tuple(connection.scalars(query))
 
     def close(self) -> None:
         """See :meth:`fedia3.coordinator.store.Store.close`."""
@@ -368,6 +381,7 @@ def _select_versions(owner: Owner, base: str) -> Select[Any]:  # Any: rows are r
     )
 
 
+_HAS_VERSIONS = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id).exists()
 _SELECT_ROUNDS = (
     select(RoundRow.__table__, AdapterRow.base, VersionRow.digest)
     .join(

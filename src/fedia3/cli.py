@@ -21,6 +21,7 @@ from rich.markup import escape
 from fedia3 import __version__
 from fedia3.cli_client import client_app
 from fedia3.cli_coordinator import coordinator_app
+from fedia3.cli_registry import registry_app
 from fedia3.console import Json, err, out, print_json
 from fedia3.errors import BadSetting, Fedia3Error, NotFound
 from fedia3.progress import TerminalProgress
@@ -57,6 +58,7 @@ base_app = typer.Typer(
 app.add_typer(base_app, name="base")
 app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(client_app, name="client")
+app.add_typer(registry_app, name="registry")
 
 RunOption = Annotated[
     Path | None,

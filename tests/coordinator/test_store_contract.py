@@ -476,3 +476,16 @@ def test_two_processes_may_write_to_one_database(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         versions = [v for published in pool.map(publish_some, (1, 2)) for v in published]
     assert sorted(versions) == list(range(1, 51))
+
+
+def test_bases_are_those_with_versions(store: Store) -> None:
+    """
+    In order, each once; what was erased leaves none.
+    """
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), NOON)
+    store.publish(draft(ANNA, 2), NOON)
+    store.publish(draft(ANNA, 3), NOON)
+    assert store.bases(ANNA) == (BASE, OTHER_BASE)
+    assert store.bases(BOB) == ()
+    store.erase(ANNA, OTHER_BASE)
+    assert store.bases(ANNA) == (BASE,)

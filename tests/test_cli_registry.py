@@ -1,0 +1,75 @@
+"""``fedia3 registry`` as people type it, on a finished run's registry."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedia3 import cli
+from fedia3.simulations.run import Run
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def fedia3(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``fedia3 registry WORDS``; its exit code."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["fedia3", "registry", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def at(finished: Run) -> Path:
+    """The registry of the small run that all tests share; nothing here changes it."""
+    return finished.folder.registry(finished.seed)
+
+
+def test_owners_and_their_versions_are_listed(
+    fedia3: Command, at: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Everyone's first; versions newest first, as facts or a line each.
+    """
+    assert fedia3("owners", "--at", at, "--json") == 0
+    listed = json.loads(capfd.readouterr().out)
+    assert listed[0] == {"kind": "global", "name": ""}
+    assert fedia3("versions", "--at", at, "--json") == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert [f["version"] for f in facts] == sorted((f["version"] for f in facts), reverse=True)
+    assert fedia3("versions", "--at", at) == 0
+    assert facts[0]["digest"][:12] in capfd.readouterr().out.splitlines()[0]
+
+
+def test_no_registry_is_named_and_none_is_made(
+    fedia3: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    4, not found, with what to name.
+    """
+    assert fedia3("owners", "--at", tmp_path) == 4
+    assert "--at" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_has_nothing_is_said(
+    fedia3: Command, at: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    4, and so for a base that nobody trained on.
+    """
+    assert fedia3("versions", "--user", "nobody", "--at", at) == 4
+    assert "nobody" in capfd.readouterr().err
+    assert fedia3("versions", "--base", "beef", "--at", at) == 4
+    assert "beef" in capfd.readouterr().err
