@@ -24,8 +24,10 @@ MAX_NAME = 128  # characters
 MAX_REASON = 500  # characters
 MAX_METRICS = 4096  # bytes of JSON
 MAX_COUNT = 2**63 - 1  # what a database's integer holds
+LATEST = "latest"  # what a version that names none means; never an alias
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_ALIAS = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,127}")  # a tag of OCI's, but for a leading digit
 
 
 @dataclass(frozen=True, order=True)
@@ -101,9 +103,43 @@ class AdapterRecord(AdapterDraft):
 
     version: int  # 1, 2, 3, … for each owner and base
     created_at: datetime  # UTC, whole milliseconds
+    yanked: bool = False  # when it was read: only who names it is given it
 
     def __str__(self) -> str:
         return f"version {self.version} of {self.owner}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliasMove:
+    """An alias, such as ``stable``, that is about to point at a version, or at none any more.
+
+    Raises:
+        BadInput: the name is ``latest``, a number or no alias, or who and why are not sound.
+    """
+
+    owner: Owner
+    base: str
+    name: str
+    version: int | None
+    actor: str = "operator"  # who moves it
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        checked_digest(self.base, "base")
+        checked_alias(self.name)
+        object.__setattr__(self, "actor", checked_name(self.actor, "who moves an alias"))
+        object.__setattr__(self, "reason", checked_reason(self.reason))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliasEvent(AliasMove):
+    """One move of an alias; the newest says where it points. None is ever changed."""
+
+    rev: int  # 1, 2, 3, … for each alias, dropped or not
+    at: datetime  # UTC, whole milliseconds; never before the move before
+
+    def __str__(self) -> str:
+        return f"alias {self.name!r} of {self.owner}"
 
 
 @dataclass(frozen=True)
@@ -176,18 +212,48 @@ class RoundRecord:
     committed_at: datetime  # UTC, whole milliseconds
 
 
-def checked_name(name: str, what: str) -> str:
+def checked_name(name: str, what: str, longest: int = MAX_NAME) -> str:
     """The name in NFC, once it is 1 to 128 characters, not blank, free of control characters.
 
     Raises:
         BadInput: it is not; ``what`` says in the message whose name was expected.
     """
     name = unicodedata.normalize("NFC", name)
-    if not name.strip() or len(name) > MAX_NAME:
-        raise BadInput(f"{what} has 1 to {MAX_NAME} characters, got {len(name)}: {name[:20]!r}")
+    if not name.strip() or len(name) > longest:
+        raise BadInput(f"{what} has 1 to {longest} characters, got {len(name)}: {name[:20]!r}")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
         raise BadInput(f"{what} holds no control characters or lone surrogates, got {name!r}")
     return name
+
+
+def checked_alias(name: str) -> str:
+    """The alias itself, once it is 1 to 128 letters, digits, ``_``, ``.`` or ``-``.
+
+    Raises:
+        BadInput: it is not, begins with a digit, or is ``latest``, which moves by itself.
+    """
+    if name == LATEST:
+        raise BadInput(f"{LATEST!r} is always the newest version; name another alias to move")
+    if not _ALIAS.fullmatch(name) or _DIGEST.fullmatch(name):
+        raise BadInput(
+            "an alias has 1 to 128 letters, digits, '_', '.' or '-', does not begin with a digit, "
+            f"'.' or '-', and is no digest, got {name[:64]!r}"
+        )
+    return name
+
+
+def checked_reason(reason: str) -> str:
+    """Why somebody did something, once it is at most 500 printable characters.
+
+    Raises:
+        BadInput: it is not.
+    """
+    return checked_name(reason, "a reason", MAX_REASON) if reason else ""
+
+
+def is_digest(name: str) -> bool:
+    """Whether this is a sha256 in lower-case hex, which no alias is."""
+    return _DIGEST.fullmatch(name) is not None
 
 
 def checked_digest(digest: str, what: str) -> str:

@@ -17,20 +17,26 @@ from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.blobs import BlobStore, FileBlobs, MemoryBlobs
 from fedia3.coordinator.records import (
+    LATEST,
     AdapterDraft,
     AdapterRecord,
+    AliasEvent,
+    AliasMove,
     Contribution,
     Owner,
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    checked_alias,
     checked_name,
+    is_digest,
 )
-from fedia3.coordinator.store import Store
+from fedia3.coordinator.store import Store, no_alias
 from fedia3.coordinator.stores.memory import MemoryStore
-from fedia3.errors import BadAdapter, BadSetting, Corrupt, NotFound
+from fedia3.errors import BadAdapter, BadSetting, Conflict, Corrupt, NotFound
 
 Clock = Callable[[], datetime]
+Which = int | str  # a version's number, its digest or an alias
 
 
 @dataclass(frozen=True)
@@ -198,38 +204,108 @@ class Registry:
         commit = RoundCommit(round_num, state, draft, tuple(contributions), metrics or {})
         return self.store.commit_round(commit, self._now())
 
-    def fetch(
-        self, owner: Owner, base: str, version: int | None = None
-    ) -> tuple[AdapterRecord, bytes]:
-        """A version, the latest where none is named, and its bytes.
+    def find(self, owner: Owner, base: str, which: Which = LATEST) -> AdapterRecord:
+        """A version by its number, its digest, or an alias; ``latest`` is the newest not yanked.
 
         Raises:
-            NotFound: the owner has no such version on this base.
+            NotFound: the owner has no such version or alias on this base.
+            BadInput: this is no alias.
+        """
+        if isinstance(which, int):
+            return self.store.find(owner, base, which)
+        if which == LATEST:
+            return self.store.find(owner, base)
+        if is_digest(which):
+            return self.store.find_digest(owner, base, which)
+        alias = self.store.alias(owner, base, checked_alias(which))
+        return self.store.find(owner, base, alias.version)
+
+    def fetch(self, owner: Owner, base: str, which: Which = LATEST) -> tuple[AdapterRecord, bytes]:
+        """A version as :meth:`find` finds it, and its bytes.
+
+        Raises:
+            NotFound: the owner has no such version or alias on this base.
+            BadInput: this is no alias.
             Corrupt: the version is known, but its bytes are damaged or gone.
         """
-        record = self.store.find(owner, base, version)
+        record = self.find(owner, base, which)
         return record, self._bytes_of(record)
 
-    def latest_global(self, schema: Schema) -> tuple[AdapterRecord, Adapter]:
-        """Everyone's newest adapter.
+    def promote(self, move: AliasMove, expected_rev: int | None = None) -> AliasEvent:
+        """Point an alias at a version, or at none; where it points there already, nothing happens.
+
+        Args:
+            expected_rev: only if nobody moved it since this revision, 0 for a new alias.
 
         Raises:
-            NotFound: none was published for this base.
+            NotFound: the owner has no such version, or there is no alias to drop.
+            Conflict: somebody else moved it, or the version is yanked.
+        """
+        return self.store.move_alias(move, self._now(), expected_rev)
+
+    def roll_back(
+        self,
+        owner: Owner,
+        base: str,
+        name: str,
+        *,
+        expected_rev: int | None = None,
+        actor: str = "operator",
+        reason: str = "",
+    ) -> AliasEvent:
+        """Point an alias at the version where it pointed before, as a new move.
+
+        So a second one undoes the first; with the same ``expected_rev`` a repeated call rolls back
+        once.
+
+        Raises:
+            NotFound: there is no such alias.
+            Conflict: it pointed nowhere else before, somebody else moved it, or that version is
+                yanked.
+        """
+        before = None if expected_rev is None else expected_rev + 1
+        moves = self.store.alias_events(owner, base, checked_alias(name), before)
+        if not moves or moves[0].version is None:
+            raise no_alias(owner, base, name)
+        current = moves[0]
+        earlier = (move.version for move in moves if move.version not in (None, current.version))
+        version = next(earlier, None)
+        if version is None:
+            raise Conflict(
+                f"{current} pointed at no other version before; promote one to it instead"
+            )
+        move = AliasMove(
+            owner=owner, base=base, name=name, version=version, actor=actor, reason=reason
+        )
+        return self.promote(move, current.rev)
+
+    def global_adapter(
+        self, schema: Schema, which: Which = LATEST
+    ) -> tuple[AdapterRecord, Adapter]:
+        """Everyone's adapter, by default the newest.
+
+        Raises:
+            NotFound: none was published for this base, or there is no such version or alias.
             Corrupt: its bytes are damaged or gone.
         """
-        record, data = self.fetch(Owner.everyone(), schema.base_digest)
+        record, data = self.fetch(Owner.everyone(), schema.base_digest, which)
         return record, encoding.decode(data, schema)
 
-    def resolve(self, user: str, schema: Schema, alpha: float = 1.0) -> Effective:
-        """What this user is served: ``global + alpha * delta``, on the newest global.
+    def resolve(
+        self, user: str, schema: Schema, alpha: float = 1.0, which: Which = LATEST
+    ) -> Effective:
+        """What this user is served: ``global + alpha * delta``, by default on the newest global.
 
         A user who never published is served everyone's adapter.
 
+        Args:
+            which: of everyone's adapters, such as ``stable``.
+
         Raises:
-            NotFound: there is no global adapter for this base yet.
+            NotFound: there is no global adapter for this base yet, or no such alias.
             Corrupt: the bytes of either part are damaged or gone.
         """
-        everyone, global_adapter = self.latest_global(schema)
+        everyone, global_adapter = self.global_adapter(schema, which)
         try:
             record, data = self.fetch(Owner.user(user), schema.base_digest)
         except NotFound:
@@ -328,10 +404,8 @@ class Registry:
         return found
 
     def _latest_digest(self, owner: Owner, base: str) -> str | None:
-        try:
-            return self.store.find(owner, base).digest
-        except NotFound:
-            return None
+        newest = self.store.versions(owner, base, limit=1)  # yanked or not: it came before
+        return newest[0].digest if newest else None
 
     def _bytes_of(self, record: AdapterRecord) -> bytes:
         try:

@@ -4,12 +4,15 @@ A store is right when it passes ``tests/coordinator/test_store_contract.py``. Wh
 has to decide inside its own transaction is written once, as pure functions, at the end.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
 from fedia3.coordinator.records import (
     AdapterDraft,
     AdapterRecord,
+    AliasEvent,
+    AliasMove,
     Owner,
     OwnerKind,
     RoundCommit,
@@ -62,7 +65,7 @@ class Store(Protocol):
         ...
 
     def find(self, owner: Owner, base: str, version: int | None = None) -> AdapterRecord:
-        """One version, the latest where none is named.
+        """One version; where none is named, the latest that is not yanked.
 
         Raises:
             NotFound: the owner has no such version on this base.
@@ -112,6 +115,67 @@ class Store(Protocol):
 
     def bases(self, owner: Owner) -> tuple[str, ...]:
         """Digests of the base models that the owner has versions on, in order."""
+        ...
+
+    def revision(self, owner: Owner, base: str) -> int:
+        """How often what the owner is served may have changed: publishes, moves, yanks.
+
+        It never falls, also when the owner is erased; 0 for an owner who never had anything.
+        """
+        ...
+
+    def yank(self, owner: Owner, base: str, version: int) -> None:
+        """Let nobody be given this version who does not name it; again, nothing happens.
+
+        Raises:
+            NotFound: the owner has no such version on this base.
+            Conflict: an alias points at it.
+        """
+        ...
+
+    def unyank(self, owner: Owner, base: str, version: int) -> None:
+        """Take a yank back; where there is none, nothing happens.
+
+        Raises:
+            NotFound: the owner has no such version on this base.
+        """
+        ...
+
+    def move_alias(
+        self, move: AliasMove, at: datetime, expected_rev: int | None = None
+    ) -> AliasEvent:
+        """Make the move the alias's newest event; where it points there already, nothing happens.
+
+        Args:
+            expected_rev: only if this is its newest event's number, 0 for one that never was.
+
+        Raises:
+            NotFound: the owner has no such version, or there is no alias to drop.
+            Conflict: somebody else moved it, or the version is yanked.
+        """
+        ...
+
+    def alias(self, owner: Owner, base: str, name: str, at: datetime | None = None) -> AliasEvent:
+        """The move that says where an alias points, now or at that time; it has a version.
+
+        Raises:
+            NotFound: there is no such alias, or there was none then.
+        """
+        ...
+
+    def aliases(self, owner: Owner, base: str) -> tuple[AliasEvent, ...]:
+        """The newest moves of an owner's aliases that point at something, by name."""
+        ...
+
+    def alias_events(
+        self,
+        owner: Owner,
+        base: str,
+        name: str,
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> tuple[AliasEvent, ...]:
+        """An alias's moves, newest first: all, or up to ``limit`` of those below rev ``before``."""
         ...
 
     def close(self) -> None:
@@ -186,3 +250,54 @@ def no_digest(owner: Owner, base: str, digest: str) -> NotFound:
         f"no version of {owner} for base model {base[:12]} has digest {digest[:12]}; "
         "publish it first, or name one that is there"
     )
+
+
+def no_alias(owner: Owner, base: str, name: str) -> NotFound:
+    """The error for an alias that points at nothing."""
+    return NotFound(
+        f"{owner} has no alias {name!r} for base model {base[:12]}; list what there is first"
+    )
+
+
+def next_event(
+    last: AliasEvent | None,
+    move: AliasMove,
+    at: datetime,
+    expected_rev: int | None,
+    record: AdapterRecord | None,
+) -> AliasEvent:
+    """What a move makes of an alias; ``last`` itself where that points there already.
+
+    Args:
+        last: the alias's newest event.
+        record: the version that it shall point at.
+
+    Raises:
+        NotFound: there is no alias to drop.
+        Conflict: somebody else moved it, or the version is yanked.
+    """
+    current = last.version if last else None
+    if last is not None and current is not None and current == move.version:
+        return last
+    rev = last.rev if last else 0
+    if expected_rev is not None and expected_rev != rev:
+        where = f"points at version {current}" if current else "points at nothing"
+        raise Conflict(
+            f"alias {move.name!r} of {move.owner} was moved: it is at revision {rev}, not "
+            f"{expected_rev}, and {where}; look at it and move it again"
+        )
+    if move.version is None and current is None:
+        raise no_alias(move.owner, move.base, move.name)
+    if record is not None and record.yanked:
+        raise Conflict(f"{record} is yanked; take that back first, or choose another version")
+    return AliasEvent(**vars(move), rev=rev + 1, at=max(at, last.at) if last else at)
+
+
+def require_no_alias(record: AdapterRecord, aliases: Sequence[AliasEvent]) -> None:
+    """A version that somebody is led to by name is not taken away.
+
+    Raises:
+        Conflict: an alias points at it.
+    """
+    if names := [alias.name for alias in aliases if alias.version == record.version]:
+        raise Conflict(f"{record} is {', '.join(names)}; move that to another version first")

@@ -163,7 +163,7 @@ class _Federation:
         A resumed run does this over: it is the same work with the same result, and publishing the
         same bytes again changes nothing.
         """
-        record, global_adapter = registry.latest_global(self.base.schema)
+        record, global_adapter = registry.global_adapter(self.base.schema)
         personal = self._personalize(registry, global_adapter, record.digest)
         users = list(self.people.clients)
         own = [personal[u].personal.on(global_adapter).vector for u in users]

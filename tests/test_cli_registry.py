@@ -1,9 +1,11 @@
 """``fedia3 registry`` as people type it, on a finished run's registry."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,57 @@ def test_who_has_nothing_is_said(
     assert "nobody" in capfd.readouterr().err
     assert fedia3("versions", "--base", "beef", "--at", at) == 4
     assert "beef" in capfd.readouterr().err
+
+
+@pytest.fixture
+def own(at: Path, tmp_path: Path) -> Path:
+    """A copy of it, whose global versions there are at least two of."""
+    return shutil.copytree(at, tmp_path / "registry")
+
+
+def facts(capfd: pytest.CaptureFixture[str]) -> Any:
+    """What the last command printed as JSON."""
+    return json.loads(capfd.readouterr().out)
+
+
+def test_an_alias_is_promoted_rolled_back_and_remembers(
+    fedia3: Command, own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    History newest first; ``--on`` says where it pointed then.
+    """
+    assert fedia3("promote", "stable", 1, "--at", own, "--reason", "first [ok]") == 0
+    assert fedia3("promote", "stable", 2, "--at", own, "--expected", 1) == 0
+    assert fedia3("promote", "stable", 1, "--at", own, "--expected", 1) == 5
+    assert "revision 2" in capfd.readouterr().err
+    assert fedia3("rollback", "stable", "--at", own, "--json") == 0
+    (moved,) = facts(capfd)
+    assert (moved["version"], moved["rev"], moved["owner"]["kind"]) == (1, 3, "global")
+    assert fedia3("history", "stable", "--at", own, "--json") == 0
+    assert [move["version"] for move in facts(capfd)] == [1, 2, 1]
+    assert fedia3("history", "stable", "--at", own) == 0
+    assert "first [ok]" in capfd.readouterr().out
+    assert fedia3("history", "stable", "--at", own, "--on", "2020-01-01") == 4
+    assert fedia3("history", "stable", "--at", own, "--on", "2999-01-01") == 0
+    capfd.readouterr()
+    assert fedia3("aliases", "--at", own, "--json") == 0
+    assert [(a["name"], a["version"]) for a in facts(capfd)] == [("stable", 1)]
+    assert fedia3("promote", "stable", 0, "--at", own) == 0
+    assert "dropped" in capfd.readouterr().out
+
+
+def test_a_yanked_version_is_marked_and_comes_back(
+    fedia3: Command, own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    The one before is the latest meanwhile.
+    """
+    assert fedia3("versions", "--at", own, "--json") == 0
+    newest = facts(capfd)[0]["version"]
+    assert fedia3("yank", newest, "--at", own) == 0
+    assert f"v{newest - 1} now" in capfd.readouterr().out
+    assert fedia3("versions", "--at", own) == 0
+    assert capfd.readouterr().out.splitlines()[0].endswith("yanked")
+    assert fedia3("yank", newest, "--undo", "--at", own) == 0
+    assert f"v{newest} now" in capfd.readouterr().out
+    assert fedia3("yank", 99, "--at", own) == 4

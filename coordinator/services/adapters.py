@@ -12,7 +12,7 @@ from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.manifests import Manifests
-from fedia3.coordinator.records import AdapterRecord, Owner, checked_digest
+from fedia3.coordinator.records import LATEST, AdapterRecord, Owner, checked_digest
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.services.calls import Caller, Handlers, Signer
 from fedia3.coordinator.store import no_version
@@ -71,7 +71,7 @@ class AdaptersService:
             found = self._registry.store.find(owner, base, version)
             if found.digest == request.if_none_match:
                 return pb.FetchResponse(unchanged=True)
-        record, data = self._registry.fetch(owner, base, version)
+        record, data = self._registry.fetch(owner, base, request.version or LATEST)
         return pb.FetchResponse(record=self._signed(record), data=data)
 
     def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
@@ -115,7 +115,7 @@ class AdaptersService:
             raise WrongBaseModel(str(error)) from error
 
     def _scales(self, owner: Owner, schema: Schema, version: int) -> Adapter:
-        record, data = self._registry.fetch(owner, schema.base_digest, version or None)
+        record, data = self._registry.fetch(owner, schema.base_digest, version or LATEST)
         if record.form == "adapter":
             return encoding.decode(data, schema)
         personal, everyone = encoding.decode_personal(data, schema), Owner.everyone()

@@ -1,6 +1,6 @@
 """A store that forgets at exit: the honest twin of the SQL store, for tests and trial runs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from threading import Lock
@@ -8,15 +8,20 @@ from threading import Lock
 from fedia3.coordinator.records import (
     AdapterDraft,
     AdapterRecord,
+    AliasEvent,
+    AliasMove,
     Owner,
     OwnerKind,
     RoundCommit,
     RoundRecord,
 )
 from fedia3.coordinator.store import (
+    next_event,
+    no_alias,
     no_digest,
     no_version,
     require_next_round,
+    require_no_alias,
     require_positive,
     require_same_bytes,
     require_user,
@@ -30,6 +35,17 @@ class _Line:
     records: list[AdapterRecord] = field(default_factory=list)
     next_version: int = 1
     by_key: dict[str, AdapterRecord] = field(default_factory=dict)
+    revision: int = 0
+    aliases: dict[str, list[AliasEvent]] = field(default_factory=dict)  # oldest first
+
+    def find(self, version: int) -> AdapterRecord | None:
+        """The version of this number."""
+        return next((r for r in self.records if r.version == version), None)
+
+    def current(self) -> tuple[AliasEvent, ...]:
+        """The aliases that point at something, by name."""
+        newest = (events[-1] for _name, events in sorted(self.aliases.items()))
+        return tuple(event for event in newest if event.version is not None)
 
 
 class MemoryStore:
@@ -91,7 +107,7 @@ class MemoryStore:
     def find(self, owner: Owner, base: str, version: int | None = None) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.find`."""
         for record in self.versions(owner, base):
-            if version in (None, record.version):
+            if version == record.version or (version is None and not record.yanked):
                 return record
         raise no_version(owner, base, version)
 
@@ -128,7 +144,9 @@ class MemoryStore:
             for (whose, on), line in self._lines.items():
                 if whose == owner and base in (None, on):
                     erased += len(line.records)
-                    self._lines[whose, on] = _Line(next_version=line.next_version)
+                    self._lines[whose, on] = _Line(
+                        next_version=line.next_version, revision=line.revision + 1
+                    )
         return erased
 
     def owners(
@@ -147,8 +165,80 @@ class MemoryStore:
             lines = self._lines.items()
             return tuple(sorted(on for (who, on), line in lines if who == owner and line.records))
 
+    def revision(self, owner: Owner, base: str) -> int:
+        """See :meth:`fedia3.coordinator.store.Store.revision`."""
+        with self._lock:
+            return self._line(owner, base).revision
+
+    def yank(self, owner: Owner, base: str, version: int) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.yank`."""
+        self._set_yanked(owner, base, version, is_yanked=True)
+
+    def unyank(self, owner: Owner, base: str, version: int) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.unyank`."""
+        self._set_yanked(owner, base, version, is_yanked=False)
+
+    def move_alias(
+        self, move: AliasMove, at: datetime, expected_rev: int | None = None
+    ) -> AliasEvent:
+        """See :meth:`fedia3.coordinator.store.Store.move_alias`."""
+        with self._lock:
+            line, record = self._line(move.owner, move.base), None
+            if (move.owner, move.base) not in self._lines:
+                raise no_version(move.owner, move.base, None)
+            if move.version is not None and (record := line.find(move.version)) is None:
+                raise no_version(move.owner, move.base, move.version)
+            events = line.aliases.get(move.name, [])
+            last = events[-1] if events else None
+            event = next_event(last, move, at, expected_rev, record)
+            if event is not last:
+                line.aliases[move.name] = [*events, event]
+                line.revision += 1
+            return event
+
+    def alias(self, owner: Owner, base: str, name: str, at: datetime | None = None) -> AliasEvent:
+        """See :meth:`fedia3.coordinator.store.Store.alias`."""
+        for event in self.alias_events(owner, base, name):
+            if at is None or event.at <= at:
+                if event.version is None:
+                    break
+                return event
+        raise no_alias(owner, base, name)
+
+    def aliases(self, owner: Owner, base: str) -> tuple[AliasEvent, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.aliases`."""
+        with self._lock:
+            return self._line(owner, base).current()
+
+    def alias_events(
+        self,
+        owner: Owner,
+        base: str,
+        name: str,
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> tuple[AliasEvent, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.alias_events`."""
+        with self._lock:
+            newest_first = reversed(self._line(owner, base).aliases.get(name, []))
+            below = (e for e in newest_first if before is None or e.rev < before)
+            return tuple(islice(below, limit))
+
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _set_yanked(self, owner: Owner, base: str, version: int, *, is_yanked: bool) -> None:
+        with self._lock:
+            line = self._line(owner, base)
+            record = line.find(version)
+            if record is None:
+                raise no_version(owner, base, version)
+            if record.yanked == is_yanked:
+                return
+            if is_yanked:
+                require_no_alias(record, line.current())
+            line.records[line.records.index(record)] = replace(record, yanked=is_yanked)
+            line.revision += 1
 
     def _line(self, owner: Owner, base: str) -> _Line:
         return self._lines.get((owner, base)) or _Line()
@@ -160,5 +250,6 @@ class MemoryStore:
         record = AdapterRecord(**vars(draft), version=line.next_version, created_at=at)
         line.records.append(record)
         line.next_version += 1
+        line.revision += 1
         self._lines[draft.owner, draft.base] = line
         return record

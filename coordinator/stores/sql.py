@@ -23,6 +23,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     delete,
+    exists,
     insert,
     select,
     update,
@@ -32,6 +33,8 @@ from sqlalchemy.orm import Mapped, aliased, mapped_column
 from fedia3.coordinator.records import (
     AdapterDraft,
     AdapterRecord,
+    AliasEvent,
+    AliasMove,
     Contribution,
     Owner,
     OwnerKind,
@@ -40,9 +43,12 @@ from fedia3.coordinator.records import (
     metrics_to_json,
 )
 from fedia3.coordinator.store import (
+    next_event,
+    no_alias,
     no_digest,
     no_version,
     require_next_round,
+    require_no_alias,
     require_positive,
     require_same_bytes,
     require_user,
@@ -64,6 +70,7 @@ class AdapterRow(Table):
     owner_name: Mapped[str] = mapped_column(String(128))  # "" for everyone: NULLs are not unique
     base: Mapped[str] = mapped_column(String(64))
     next_version: Mapped[int]
+    revision: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class VersionRow(Table):
@@ -89,6 +96,45 @@ class VersionRow(Table):
     global_digest: Mapped[str | None] = mapped_column(String(64))
     created_ms: Mapped[int] = mapped_column(BigInteger)
     idem_key: Mapped[str | None] = mapped_column(String(128))
+
+
+class YankRow(Table):
+    """A version that only those are given who name it."""
+
+    __tablename__ = "yank"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_id", "version"],
+            ["adapter_version.adapter_id", "adapter_version.version"],
+            ondelete="RESTRICT",
+        ),
+    )
+
+    adapter_id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+
+
+class AliasEventRow(Table):
+    """One move of an alias, the newest says where it points; a trigger refuses every change."""
+
+    __tablename__ = "alias_event"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_id", "version"],
+            ["adapter_version.adapter_id", "adapter_version.version"],
+            ondelete="RESTRICT",
+        ),
+    )
+
+    adapter_id: Mapped[int] = mapped_column(
+        ForeignKey("adapter.id", ondelete="RESTRICT"), primary_key=True
+    )
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    rev: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int | None]  # None: it points at nothing any more
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str] = mapped_column(Text)
+    at_ms: Mapped[int] = mapped_column(BigInteger)
 
 
 class RoundRow(Table):
@@ -203,15 +249,8 @@ class SqlStore:
 
     def find(self, owner: Owner, base: str, version: int | None = None) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.find`."""
-        query = _select_versions(owner, base).limit(1)
-        if version is not None:
-            # Larger numbers do not fit a database's integer, nor a version.
-            query = query.where(VersionRow.version == (version if 0 < version < 2**31 else 0))
         with self._database.reading() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            raise no_version(owner, base, version)
-        return _adapter_record(row)
+            return _find(connection, owner, base, version)
 
     def find_digest(self, owner: Owner, base: str, digest: str) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.find_digest`."""
@@ -247,9 +286,17 @@ class SqlStore:
     def erase(self, owner: Owner, base: str | None = None) -> int:
         """See :meth:`fedia3.coordinator.store.Store.erase`."""
         require_user(owner)
-        query = delete(VersionRow).where(VersionRow.adapter_id.in_(_line_ids(owner, base)))
+        lines = _line_ids(owner, base)
         with self._database.writing() as connection:
-            return connection.execute(query).rowcount
+            for table in (YankRow, AliasEventRow):
+                connection.execute(delete(table).where(table.adapter_id.in_(lines)))
+            erased = connection.execute(delete(VersionRow).where(VersionRow.adapter_id.in_(lines)))
+            connection.execute(
+                update(AdapterRow)
+                .where(AdapterRow.id.in_(lines))
+                .values(revision=AdapterRow.revision + 1)
+            )
+            return erased.rowcount
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
@@ -280,6 +327,96 @@ class SqlStore:
         )
         with self._database.reading() as connection:
             return tuple(connection.scalars(query))
+
+    def revision(self, owner: Owner, base: str) -> int:
+        """See :meth:`fedia3.coordinator.store.Store.revision`."""
+        query = select(AdapterRow.revision).where(*_is_line(owner, base))
+        with self._database.reading() as connection:
+            return connection.execute(query).scalar_one_or_none() or 0
+
+    def yank(self, owner: Owner, base: str, version: int) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.yank`."""
+        with self._database.writing() as connection:
+            adapter_id = _locked_line(connection, owner, base)
+            record = _find(connection, owner, base, version)
+            if not record.yanked:
+                require_no_alias(record, _current_aliases(connection, owner, base))
+                connection.execute(
+                    insert(YankRow).values(adapter_id=adapter_id, version=record.version)
+                )
+                _note_change(connection, adapter_id)
+
+    def unyank(self, owner: Owner, base: str, version: int) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.unyank`."""
+        with self._database.writing() as connection:
+            adapter_id = _locked_line(connection, owner, base)
+            record = _find(connection, owner, base, version)
+            if record.yanked:
+                connection.execute(
+                    delete(YankRow).where(
+                        YankRow.adapter_id == adapter_id, YankRow.version == record.version
+                    )
+                )
+                _note_change(connection, adapter_id)
+
+    def move_alias(
+        self, move: AliasMove, at: datetime, expected_rev: int | None = None
+    ) -> AliasEvent:
+        """See :meth:`fedia3.coordinator.store.Store.move_alias`."""
+        owner, base, record = move.owner, move.base, None
+        with self._database.writing() as connection:
+            adapter_id = _locked_line(connection, owner, base)
+            if move.version is not None:
+                record = _find(connection, owner, base, move.version)
+            events = _select_events(owner, base, move.name).limit(1)
+            row = connection.execute(events).one_or_none()
+            last = None if row is None else _alias_event(row)
+            event = next_event(last, move, at, expected_rev, record)
+            if event is not last:
+                connection.execute(
+                    insert(AliasEventRow).values(
+                        adapter_id=adapter_id,
+                        name=event.name,
+                        rev=event.rev,
+                        version=event.version,
+                        actor=event.actor,
+                        reason=event.reason,
+                        at_ms=_to_ms(event.at),
+                    )
+                )
+                _note_change(connection, adapter_id)
+            return event
+
+    def alias(self, owner: Owner, base: str, name: str, at: datetime | None = None) -> AliasEvent:
+        """See :meth:`fedia3.coordinator.store.Store.alias`."""
+        query = _select_events(owner, base, name).limit(1)
+        if at is not None:
+            query = query.where(AliasEventRow.at_ms <= _to_ms(at))
+        with self._database.reading() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None or row.version is None:
+            raise no_alias(owner, base, name)
+        return _alias_event(row)
+
+    def aliases(self, owner: Owner, base: str) -> tuple[AliasEvent, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.aliases`."""
+        with self._database.reading() as connection:
+            return _current_aliases(connection, owner, base)
+
+    def alias_events(
+        self,
+        owner: Owner,
+        base: str,
+        name: str,
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> tuple[AliasEvent, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.alias_events`."""
+        query = _select_events(owner, base, name).limit(limit)
+        if before is not None:
+            query = query.where(AliasEventRow.rev < min(before, 2**31 - 1))
+        with self._database.reading() as connection:
+            return tuple(_alias_event(row) for row in connection.execute(query))
 
     def close(self) -> None:
         """See :meth:`fedia3.coordinator.store.Store.close`."""
@@ -317,17 +454,58 @@ def _take_version(connection: Connection, owner: Owner, base: str) -> tuple[int,
     taken = connection.execute(
         update(AdapterRow)
         .where(*_is_line(owner, base))
-        .values(next_version=AdapterRow.next_version + 1)
+        .values(next_version=AdapterRow.next_version + 1, revision=AdapterRow.revision + 1)
         .returning(AdapterRow.id, AdapterRow.next_version)
     ).one_or_none()
     if taken is not None:
         return taken.id, taken.next_version - 1
     new_id = connection.execute(
         insert(AdapterRow)
-        .values(owner_kind=owner.kind, owner_name=owner.name, base=base, next_version=2)
+        .values(owner_kind=owner.kind, owner_name=owner.name, base=base, next_version=2, revision=1)
         .returning(AdapterRow.id)
     ).scalar_one()
     return new_id, 1
+
+
+def _locked_line(connection: Connection, owner: Owner, base: str) -> int:
+    """The id of the owner's line, which nobody else changes until this transaction ends."""
+    query = select(AdapterRow.id).where(*_is_line(owner, base)).with_for_update()
+    adapter_id = connection.execute(query).scalar_one_or_none()
+    if adapter_id is None:
+        raise no_version(owner, base, None)
+    return adapter_id
+
+
+def _note_change(connection: Connection, adapter_id: int) -> None:
+    connection.execute(
+        update(AdapterRow)
+        .where(AdapterRow.id == adapter_id)
+        .values(revision=AdapterRow.revision + 1)
+    )
+
+
+def _find(connection: Connection, owner: Owner, base: str, version: int | None) -> AdapterRecord:
+    query = _select_versions(owner, base).limit(1)
+    if version is None:
+        query = query.where(YankRow.version.is_(None))
+    else:
+        # Larger numbers do not fit a database's integer, nor a version.
+        query = query.where(VersionRow.version == (version if 0 < version < 2**31 else 0))
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise no_version(owner, base, version)
+    return _adapter_record(row)
+
+
+def _current_aliases(connection: Connection, owner: Owner, base: str) -> tuple[AliasEvent, ...]:
+    later = aliased(AliasEventRow)
+    is_newest = ~exists().where(
+        later.adapter_id == AliasEventRow.adapter_id,
+        later.name == AliasEventRow.name,
+        later.rev > AliasEventRow.rev,
+    )
+    query = _select_events(owner, base).where(is_newest, AliasEventRow.version.is_not(None))
+    return tuple(_alias_event(row) for row in connection.execute(query))
 
 
 def _require_parent(connection: Connection, adapter_id: int, draft: AdapterDraft) -> None:
@@ -374,11 +552,34 @@ def _is_line(owner: Owner, base: str) -> tuple[Any, ...]:  # Any: SQLAlchemy's o
 
 def _select_versions(owner: Owner, base: str) -> Select[Any]:  # Any: rows are read by name
     return (
-        select(AdapterRow.owner_kind, AdapterRow.owner_name, AdapterRow.base, VersionRow.__table__)
+        select(
+            AdapterRow.owner_kind,
+            AdapterRow.owner_name,
+            AdapterRow.base,
+            VersionRow.__table__,
+            YankRow.version.is_not(None).label("yanked"),
+        )
         .join(VersionRow, VersionRow.adapter_id == AdapterRow.id)
+        .outerjoin(
+            YankRow,
+            (YankRow.adapter_id == VersionRow.adapter_id) & (YankRow.version == VersionRow.version),
+        )
         .where(*_is_line(owner, base))
         .order_by(VersionRow.version.desc())
     )
+
+
+def _select_events(owner: Owner, base: str, name: str | None = None) -> Select[Any]:  # as above
+    """By name, each alias's newest first."""
+    query = (
+        select(
+            AdapterRow.owner_kind, AdapterRow.owner_name, AdapterRow.base, AliasEventRow.__table__
+        )
+        .join(AliasEventRow, AliasEventRow.adapter_id == AdapterRow.id)
+        .where(*_is_line(owner, base))
+        .order_by(AliasEventRow.name, AliasEventRow.rev.desc())
+    )
+    return query if name is None else query.where(AliasEventRow.name == name)
 
 
 _HAS_VERSIONS = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id).exists()
@@ -409,6 +610,20 @@ def _adapter_record(row: Row[Any]) -> AdapterRecord:  # Any: rows are read by na
         global_digest=row.global_digest,
         version=row.version,
         created_at=_from_ms(row.created_ms),
+        yanked=bool(row.yanked),
+    )
+
+
+def _alias_event(row: Row[Any]) -> AliasEvent:  # Any: rows are read by name
+    return AliasEvent(
+        owner=Owner(row.owner_kind, row.owner_name),
+        base=row.base,
+        name=row.name,
+        version=row.version,
+        actor=row.actor,
+        reason=row.reason,
+        rev=row.rev,
+        at=_from_ms(row.at_ms),
     )
 
 

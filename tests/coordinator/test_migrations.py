@@ -15,7 +15,7 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
 from fedia3.coordinator.migrations import VERSION_TABLE, alembic_config, current_revision, migrate
-from fedia3.coordinator.records import AdapterDraft, Contribution, Owner, RoundCommit
+from fedia3.coordinator.records import AdapterDraft, AliasMove, Contribution, Owner, RoundCommit
 from fedia3.coordinator.stores.engine import Table
 from fedia3.coordinator.stores.sql import SqlStore
 from fedia3.coordinator.stores.sql_directory import SqlDirectory
@@ -95,7 +95,7 @@ def test_the_migrations_have_one_head(path: Path) -> None:
     Two heads would leave it open which schema is the newest.
     """
     with connected(path) as connection:
-        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0002"]
+        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0003"]
 
 
 def test_down_and_up_again_ends_at_the_same_schema(path: Path) -> None:
@@ -126,6 +126,7 @@ def test_a_registry_of_the_first_schema_keeps_its_rows(path: Path) -> None:
     store = SqlStore.at(path)
     assert store.server_state() == b"state"
     assert [c.client for c in store.rounds()[0].contributions] == ["anna"]
+    assert store.revision(Owner.everyone(), ZERO) == 1  # one version was published
     assert SqlDirectory.at(path).enrolled() == ()
 
 
@@ -179,13 +180,16 @@ def test_rows_that_refer_to_nothing_stop_the_opening(path: Path) -> None:
         "UPDATE adapter_version SET digest = 'other'",
         "UPDATE round SET version = 2",
         "UPDATE contribution SET verdict = 'rejected'",
+        "UPDATE alias_event SET version = NULL",
     ],
 )
 def test_what_is_recorded_never_changes(path: Path, statement: str) -> None:
     """
-    Versions, rounds and contributions refuse every update, whoever asks.
+    Versions, rounds, contributions and aliases' moves refuse every update, whoever asks.
     """
-    opened_with_a_round(path).close()
+    store = opened_with_a_round(path)
+    store.move_alias(AliasMove(owner=Owner.everyone(), base=ZERO, name="stable", version=1), NOON)
+    store.close()
     with (
         closing(sqlite3.connect(path)) as database,
         pytest.raises(sqlite3.IntegrityError, match="rows never change"),

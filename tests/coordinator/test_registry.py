@@ -18,7 +18,15 @@ from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema, Target
 from fedia3.coordinator.blobs import MemoryBlobs
-from fedia3.coordinator.records import AdapterDraft, AdapterRecord, Contribution, Owner, RoundCommit
+from fedia3.coordinator.records import (
+    AdapterDraft,
+    AdapterRecord,
+    AliasEvent,
+    AliasMove,
+    Contribution,
+    Owner,
+    RoundCommit,
+)
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.stores.memory import MemoryStore
 from fedia3.errors import BadAdapter, BadInput, BadSetting, Conflict, Corrupt, NotFound
@@ -102,7 +110,7 @@ def test_an_older_version_is_fetched_by_its_number(registry: Registry) -> None:
     """
     registry.publish_global(adapter(1, 1))
     registry.publish_global(adapter(2, 2))
-    _record, data = registry.fetch(EVERYONE, BASE, version=1)
+    _record, data = registry.fetch(EVERYONE, BASE, 1)
     assert encoding.decode(data, SCHEMA) == adapter(1, 1)
 
 
@@ -233,6 +241,118 @@ def test_a_lost_answer_may_be_asked_for_again(registry: Registry) -> None:
     assert registry.publish_personal("anna", part, num_examples=3, idem_key="k") == first
     with pytest.raises(Conflict):
         registry.publish_personal("anna", other, num_examples=3, idem_key="k")
+
+
+def promoted(registry: Registry, *versions: int | None) -> AliasEvent:
+    """``stable`` of everyone's, moved from version to version."""
+    for version in versions:
+        move = AliasMove(owner=EVERYONE, base=BASE, name="stable", version=version)
+        moved = registry.promote(move)
+    return moved
+
+
+def published(registry: Registry, count: int) -> Registry:
+    """The registry with everyone's versions 1, 2, …, of which number n has scales of n."""
+    for number in range(1, count + 1):
+        registry.publish_global(adapter(number, number))
+    return registry
+
+
+def test_a_version_is_found_by_number_digest_and_alias(registry: Registry) -> None:
+    """
+    ``latest`` moves by itself, other aliases by hand.
+    """
+    published(registry, 3)
+    promoted(registry, 2)
+    second = registry.find(EVERYONE, BASE, 2)
+    assert registry.find(EVERYONE, BASE, "stable") == second
+    assert registry.find(EVERYONE, BASE, second.digest) == second
+    assert registry.find(EVERYONE, BASE, "latest").version == 3
+    assert registry.fetch(EVERYONE, BASE, "stable")[0] == second
+    with pytest.raises(NotFound, match="canary"):
+        registry.find(EVERYONE, BASE, "canary")
+    with pytest.raises(NotFound, match="digest"):
+        registry.find(EVERYONE, BASE, "f" * 64)
+
+
+def test_a_user_is_served_on_a_global_that_was_promoted(registry: Registry) -> None:
+    """
+    A part of (0.5, 0) on (1, 1), which is stable, while (2, 2) is the newest.
+    """
+    published(registry, 2)
+    promoted(registry, 1)
+    registry.publish_personal("anna", personal(0.5, 0, on=adapter(1, 1)), num_examples=3)
+    served = registry.resolve("anna", SCHEMA, which="stable")
+    assert (served.adapter, served.everyone.version) == (adapter(1.5, 1), 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["latest", "", "3", "0x", "a b", "a/b", "../a", "ä", "-a", ".a", "a" * 129, "a\n", "f" * 64],
+)
+def test_names_that_are_no_alias_are_refused(registry: Registry, name: str) -> None:
+    """
+    They would be taken for versions or digests, or could not be typed.
+    """
+    published(registry, 1)
+    with pytest.raises(BadInput, match="alias"):
+        AliasMove(owner=EVERYONE, base=BASE, name=name, version=1)
+    if name not in ("latest", "f" * 64):
+        with pytest.raises(BadInput, match="alias"):
+            registry.find(EVERYONE, BASE, name)
+
+
+def test_rolling_back_is_a_new_move_to_the_version_before(registry: Registry) -> None:
+    """
+    So a second one goes forward again; where an alias was dropped in between does not count.
+    """
+    published(registry, 3)
+    promoted(registry, 1, None, 3)
+    moved = registry.roll_back(EVERYONE, BASE, "stable", reason="worse for many")
+    assert (moved.version, moved.rev, moved.reason) == (1, 4, "worse for many")
+    assert registry.roll_back(EVERYONE, BASE, "stable").version == 3
+
+
+def test_a_rollback_whose_answer_was_lost_may_be_asked_for_again(registry: Registry) -> None:
+    """
+    With the revision that was seen it happens once.
+    """
+    published(registry, 3)
+    seen = promoted(registry, 1, 2)
+    first = registry.roll_back(EVERYONE, BASE, "stable", expected_rev=seen.rev)
+    assert registry.roll_back(EVERYONE, BASE, "stable", expected_rev=seen.rev) == first
+    with pytest.raises(Conflict, match="revision 4"):
+        promoted(registry, 3)
+        registry.roll_back(EVERYONE, BASE, "stable", expected_rev=seen.rev)
+
+
+def test_there_is_nothing_to_roll_back_to(registry: Registry) -> None:
+    """
+    No alias, one that never moved, a dropped one, a version that was yanked since.
+    """
+    published(registry, 3)
+    with pytest.raises(NotFound, match="stable"):
+        registry.roll_back(EVERYONE, BASE, "stable")
+    promoted(registry, 1)
+    with pytest.raises(Conflict, match="no other version before"):
+        registry.roll_back(EVERYONE, BASE, "stable")
+    promoted(registry, 2)
+    registry.store.yank(EVERYONE, BASE, 1)
+    with pytest.raises(Conflict, match="yanked"):
+        registry.roll_back(EVERYONE, BASE, "stable")
+    promoted(registry, None)
+    with pytest.raises(NotFound, match="stable"):
+        registry.roll_back(EVERYONE, BASE, "stable")
+
+
+def test_a_yanked_version_is_still_the_one_before(registry: Registry) -> None:
+    """
+    What was trained on it says so.
+    """
+    published(registry, 1)
+    first = registry.find(EVERYONE, BASE)
+    registry.store.yank(EVERYONE, BASE, 1)
+    assert registry.publish_global(adapter(5, 5)).parent == first.digest
 
 
 def test_a_round_is_remembered_with_who_took_part(registry: Registry) -> None:

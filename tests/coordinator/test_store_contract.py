@@ -12,6 +12,7 @@ import pytest
 from fedia3.coordinator.records import (
     AdapterDraft,
     AdapterRecord,
+    AliasMove,
     Contribution,
     Owner,
     RoundCommit,
@@ -489,3 +490,210 @@ def test_bases_are_those_with_versions(store: Store) -> None:
     assert store.bases(BOB) == ()
     store.erase(ANNA, OTHER_BASE)
     assert store.bases(ANNA) == (BASE,)
+
+
+def move(version: int | None, name: str = "stable", owner: Owner = EVERYONE) -> AliasMove:
+    """An alias's move, by the operator."""
+    return AliasMove(owner=owner, base=BASE, name=name, version=version, reason="because")
+
+
+def with_versions(store: Store, count: int = 3, owner: Owner = EVERYONE) -> Store:
+    """The store with versions 1, 2, … of this owner."""
+    for number in range(1, count + 1):
+        store.publish(draft(owner, number), NOON)
+    return store
+
+
+def test_an_alias_points_where_it_was_moved_last(store: Store) -> None:
+    """
+    Each owner, base and name by itself.
+    """
+    with_versions(store), with_versions(store, owner=ANNA)
+    assert store.move_alias(move(1), NOON).rev == 1
+    moved = store.move_alias(move(3), NOON + timedelta(hours=1))
+    store.move_alias(move(2, "canary"), NOON)
+    store.move_alias(move(1, owner=ANNA), NOON)
+    assert (moved.rev, moved.version, moved.actor, moved.reason) == (2, 3, "operator", "because")
+    assert store.alias(EVERYONE, BASE, "stable") == moved
+    assert store.alias(ANNA, BASE, "stable").version == 1
+    assert [(a.name, a.version) for a in store.aliases(EVERYONE, BASE)] == [
+        ("canary", 2),
+        ("stable", 3),
+    ]
+    with pytest.raises(NotFound, match="stable"):
+        store.alias(BOB, BASE, "stable")
+    with pytest.raises(NotFound):
+        store.alias(EVERYONE, OTHER_BASE, "stable")
+
+
+def test_an_alias_says_where_it_pointed_on_any_day(store: Store) -> None:
+    """
+    Before its first move it was not there, and while it was dropped it was not there.
+    """
+    with_versions(store)
+    for day, version in enumerate([1, 2, None, 3]):
+        store.move_alias(move(version), NOON + timedelta(days=day))
+    pointed = [store.alias(EVERYONE, BASE, "stable", NOON + timedelta(days=d)) for d in (0, 1.5, 9)]
+    assert [event.version for event in pointed] == [1, 2, 3]
+    for day in (-1, 2, 2.9):
+        with pytest.raises(NotFound):
+            store.alias(EVERYONE, BASE, "stable", NOON + timedelta(days=day))
+
+
+def test_a_clock_that_was_set_back_turns_no_history_around(store: Store) -> None:
+    """
+    A move is never before the one it follows.
+    """
+    with_versions(store)
+    store.move_alias(move(1), NOON)
+    assert store.move_alias(move(2), NOON - timedelta(hours=1)).at == NOON
+    assert store.alias(EVERYONE, BASE, "stable", NOON).version == 2
+
+
+def test_an_aliass_history_comes_in_pages(store: Store) -> None:
+    """
+    Newest first.
+    """
+    with_versions(store)
+    for version in (1, 2, 3):
+        store.move_alias(move(version), NOON)
+    events = store.alias_events(EVERYONE, BASE, "stable")
+    assert [(e.rev, e.version) for e in events] == [(3, 3), (2, 2), (1, 1)]
+    assert store.alias_events(EVERYONE, BASE, "stable", before=3, limit=1) == events[1:2]
+    assert store.alias_events(EVERYONE, BASE, "stable", before=2**40) == events
+    assert store.alias_events(EVERYONE, BASE, "canary") == ()
+
+
+def test_a_dropped_alias_is_gone_and_counts_on(store: Store) -> None:
+    """
+    Who saw it before cannot take a new one for the old one.
+    """
+    with_versions(store)
+    store.move_alias(move(1), NOON)
+    assert store.move_alias(move(None), NOON).rev == 2
+    assert store.aliases(EVERYONE, BASE) == ()
+    with pytest.raises(NotFound, match="no alias"):
+        store.move_alias(move(None), NOON)
+    assert store.move_alias(move(1), NOON).rev == 3
+
+
+def test_an_alias_moves_only_from_where_the_mover_saw_it(store: Store) -> None:
+    """
+    Of two who saw the same one moves it; a mover who lost the answer may ask again.
+    """
+    with_versions(store)
+    store.move_alias(move(1), NOON, expected_rev=0)
+    with pytest.raises(Conflict, match=r"at revision 1, not 0.*version 1"):
+        store.move_alias(move(2), NOON, expected_rev=0)
+    store.move_alias(move(2), NOON, expected_rev=1)
+    assert store.move_alias(move(2), NOON, expected_rev=1).rev == 2
+    assert len(store.alias_events(EVERYONE, BASE, "stable")) == 2
+
+
+@pytest.mark.parametrize("version", [0, -1, 9, 2**31, 2**63])
+def test_an_alias_points_at_no_version_that_is_not_there(store: Store, version: int) -> None:
+    """
+    Nor is one made for an owner who has nothing.
+    """
+    with_versions(store)
+    with pytest.raises(NotFound, match="version"):
+        store.move_alias(move(version), NOON)
+    with pytest.raises(NotFound):
+        store.move_alias(move(1, owner=BOB), NOON)
+    assert store.aliases(EVERYONE, BASE) == ()
+
+
+def test_a_yanked_version_is_given_to_who_names_it(store: Store) -> None:
+    """
+    The latest is the one below; the list says so, and it can be taken back.
+    """
+    with_versions(store)
+    store.yank(EVERYONE, BASE, 3)
+    store.yank(EVERYONE, BASE, 3)
+    assert store.find(EVERYONE, BASE).version == 2
+    assert store.find(EVERYONE, BASE, 3).yanked
+    assert store.find_digest(EVERYONE, BASE, digest(3)).yanked
+    assert [r.yanked for r in store.versions(EVERYONE, BASE)] == [True, False, False]
+    store.unyank(EVERYONE, BASE, 3)
+    store.unyank(EVERYONE, BASE, 3)
+    assert store.find(EVERYONE, BASE) == store.find(EVERYONE, BASE, 3)
+    for number in (1, 2, 3):
+        store.yank(EVERYONE, BASE, number)
+    with pytest.raises(NotFound):
+        store.find(EVERYONE, BASE)
+    with pytest.raises(NotFound):
+        store.yank(EVERYONE, BASE, 4)
+    with pytest.raises(NotFound):
+        store.unyank(BOB, BASE, 1)
+
+
+def test_aliases_and_yanks_keep_out_of_each_others_way(store: Store) -> None:
+    """
+    What an alias points at is not yanked, and what is yanked no alias is pointed at.
+    """
+    with_versions(store)
+    store.move_alias(move(2), NOON)
+    with pytest.raises(Conflict, match="stable"):
+        store.yank(EVERYONE, BASE, 2)
+    store.yank(EVERYONE, BASE, 3)
+    with pytest.raises(Conflict, match="yanked"):
+        store.move_alias(move(3), NOON)
+    store.move_alias(move(1), NOON)
+    store.yank(EVERYONE, BASE, 2)
+
+
+def test_every_change_of_what_is_served_counts(store: Store) -> None:
+    """
+    Repeats do not, and nothing ever counts back, an erasure neither.
+    """
+    seen = [store.revision(ANNA, BASE)]
+
+    def change(made: object) -> None:
+        seen.append(store.revision(ANNA, BASE))
+
+    change(store.publish(draft(ANNA, 1), NOON, "key"))
+    change(store.publish(draft(ANNA, 2), NOON))
+    change(store.move_alias(move(1, owner=ANNA), NOON))
+    change(store.yank(ANNA, BASE, 2))
+    change(store.unyank(ANNA, BASE, 2))
+    change(store.erase(ANNA))
+    change(store.publish(draft(ANNA, 3), NOON))
+    assert seen == list(range(8))
+    store.publish(draft(BOB, 1), NOON, "key"), store.publish(draft(BOB, 1), NOON, "key")
+    store.move_alias(move(1, owner=BOB), NOON), store.move_alias(move(1, owner=BOB), NOON)
+    store.unyank(BOB, BASE, 1)
+    assert store.revision(BOB, BASE) == 2
+
+
+def test_an_erased_users_aliases_are_gone(store: Store) -> None:
+    """
+    With their history and their yanks; others keep theirs.
+    """
+    with_versions(store, owner=ANNA), with_versions(store, owner=BOB)
+    for owner in (ANNA, BOB):
+        store.move_alias(move(1, owner=owner), NOON)
+        store.yank(owner, BASE, 2)
+    assert store.erase(ANNA) == 3
+    assert store.aliases(ANNA, BASE) == ()
+    assert store.alias_events(ANNA, BASE, "stable") == ()
+    assert store.alias(BOB, BASE, "stable").version == 1
+    assert store.find(BOB, BASE, 2).yanked
+
+
+def test_of_concurrent_movers_one_moves(store: Store) -> None:
+    """
+    All saw the same; one wins, the others learn where it is now.
+    """
+    with_versions(store, 8)
+    store.move_alias(move(8), NOON)
+
+    def try_it(version: int) -> bool:
+        try:
+            store.move_alias(move(version), NOON, expected_rev=1)
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(7) as movers:
+        assert sum(movers.map(try_it, range(1, 8))) == 1
+    assert [e.rev for e in store.alias_events(EVERYONE, BASE, "stable")] == [2, 1]
