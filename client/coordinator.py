@@ -12,14 +12,14 @@ of reach, or says what does not hold, the last good version answers, and ``fallb
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
@@ -31,12 +31,16 @@ from fedia3.adapters.manifest import Manifest
 from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
 from fedia3.adapters.schema import Schema
 from fedia3.client.base_download import BaseDownload, Progress
-from fedia3.client.cache import AdapterCache, Good
+from fedia3.client.cache import AdapterCache, Good, checked
 from fedia3.client.device import DeviceFolder
 from fedia3.client.personal_store import KeptPart, PersonalStore, Shared
 from fedia3.client.records import (
+    LATEST,
     AdapterVersion,
+    AliasMove,
     TrustedKeys,
+    Which,
+    move_of,
     named,
     opened_manifest,
     opened_version,
@@ -254,23 +258,27 @@ class Coordinator:
         download = BaseDownload(self._caller, self._store, progress)
         return download.fetch(self.manifest(base))
 
-    def resolve(self, user: str | None = None, version: int = 0) -> AdapterVersion:
-        """A version without its bytes: everyone's, or ``user``'s; 0 is the newest.
+    def resolve(self, user: str | None = None, which: Which = LATEST) -> AdapterVersion:
+        """A version without its bytes: everyone's, or ``user``'s.
+
+        Args:
+            which: its number, its digest or an alias; ``latest`` is the newest not yanked.
 
         Raises:
             NotFound: there is none, or it is somebody else's.
         """
         request = pb.ResolveRequest(
-            owner=owner_of(user), base_digest=self.base_digest, version=version
+            owner=owner_of(user), base_digest=self.base_digest, **_named(which)
         )
         signed = self._call("Adapters/Resolve", request, pb.SignedRecord)
-        floor = version or self._cache.floor(user, self.base_digest)
-        return self._opened(signed, user, floor, exactly=version)
+        floor = self._cache.floor(user, self.base_digest, which) if _moves(which) else 0
+        return self._opened(signed, user, which, floor)
 
-    def fetch(self, user: str | None = None, version: int = 0) -> Fetched:
-        """A version and its file: everyone's, or ``user``'s; 0 is the newest.
+    def fetch(self, user: str | None = None, which: Which = LATEST) -> Fetched:
+        """A version and its file: everyone's, or ``user``'s; see :meth:`resolve`.
 
-        The newest is kept; where nothing changed, the coordinator sends but a word.
+        What an alias points at is kept, the latest too; where nothing changed, the coordinator
+        sends but a word.
 
         Raises:
             NotFound: there is none, or it is somebody else's; what was kept of a user's part is
@@ -278,30 +286,33 @@ class Coordinator:
             BadSignature, WrongBaseModel, Corrupt: what came does not hold, and nothing good is
                 kept.
         """
-        if version:
-            return self._fetched_exactly(user, version)
-        good = self._kept(user)
+        if not _moves(which):
+            return self._fetched_exactly(user, which)
+        good = self._kept(user, which)
         try:
-            return self._fetched_newest(user, good)
+            return self._fetched_now(user, which, good)
         except (NotFound, *_FALLBACK) as error:
-            if user is not None and isinstance(error, NotFound):
-                self._cache.forget(user, self.base_digest)  # it was erased
+            if isinstance(error, NotFound) and (user is not None or which != LATEST):
+                self._cache.forget_alias(user, self.base_digest, which)  # erased, or dropped
                 raise
             if good is None:
                 raise
             logger.warning("going on with %s: %s", good.version, error)
             return Fetched(good.version, good.data, fallback=str(error))
 
-    def served(self, user: str | None = None, alpha: float = 1.0) -> Served:
+    def served(self, user: str | None = None, alpha: float = 1.0, which: Which = LATEST) -> Served:
         """What a user is served, by default the device's: ``alpha`` 0 is the global adapter alone.
 
         A part that only this device has counts where it is newer than the shared one.
 
+        Args:
+            which: of everyone's adapters, such as ``stable``.
+
         Raises:
-            NotFound: there is no global adapter yet, or it is another user's device.
+            NotFound: there is no global adapter yet, no such alias, or it is another user's device.
         """
         whose = self._whose(user)
-        everyone = self._found(None)
+        everyone = self._found(None) if which == LATEST else self.fetch(None, which)
         own, silence = self._own(whose, everyone)
         local = self._local(own)
         notes = [found.fallback for found in (everyone, own) if found and found.fallback]
@@ -326,7 +337,13 @@ class Coordinator:
             return _with(served, part, alpha, personal=own.version)
         return served
 
-    def save(self, out: Path, user: str | None = None, alpha: float = 1.0) -> Served:
+    def save(
+        self,
+        out: Path,
+        user: str | None = None,
+        alpha: float = 1.0,
+        which: Which = LATEST,
+    ) -> Served:
         """Write what a user is served as a Hugging Face PEFT folder; see :meth:`served`.
 
         The base model need not be on this machine.
@@ -334,7 +351,7 @@ class Coordinator:
         Raises:
             BadInput: ``out`` holds something else than an adapter.
         """
-        served, base = self.served(user, alpha), self.manifest()
+        served, base = self.served(user, alpha, which), self.manifest()
         architecture = base.created_from.architecture
         write_peft_folder(
             served.adapter,
@@ -362,6 +379,91 @@ class Coordinator:
                 before = found.version
             if len(page) < PAGE:
                 return
+
+    def aliases(self, user: str | None = None) -> tuple[AliasMove, ...]:
+        """Everyone's aliases that point at something, or ``user``'s, by name."""
+        request = pb.ListAliasesRequest(owner=owner_of(user), base_digest=self.base_digest)
+        answer = self._call("Adapters/ListAliases", request, pb.ListAliasesResponse)
+        return tuple(move_of(move) for move in answer.aliases)
+
+    def alias_history(self, name: str, user: str | None = None) -> Iterator[AliasMove]:
+        """Where an alias of everyone's, or ``user``'s, pointed when, newest first."""
+        before = 0
+        while True:
+            request = pb.AliasHistoryRequest(
+                owner=owner_of(user),
+                base_digest=self.base_digest,
+                name=name,
+                before_rev=before,
+                limit=PAGE,
+            )
+            moves = self._call("Adapters/AliasHistory", request, pb.AliasHistoryResponse).moves
+            for move in moves:
+                yield move_of(move)
+                before = move.rev
+            if len(moves) < PAGE:
+                return
+
+    def promote(
+        self,
+        name: str,
+        version: int | None,
+        *,
+        expected_rev: int,
+        user: str | None = None,
+        reason: str = "",
+    ) -> AliasMove:
+        """Point an alias at a version, or at none; the operator everyone's, a device its user's.
+
+        Args:
+            expected_rev: only if nobody moved it since this revision, 0 for a new alias.
+
+        Raises:
+            NotFound: there is no such version, or no alias to drop.
+            Conflict: somebody else moved it, or the version is yanked.
+            NotAllowed: everyone's aliases are the operator's to move.
+        """
+        request = pb.PromoteRequest(
+            owner=owner_of(user),
+            base_digest=self.base_digest,
+            name=name,
+            version=version or 0,
+            expected_rev=expected_rev,
+            reason=reason,
+        )
+        return move_of(self._call("Adapters/Promote", request, pb.AliasMove))
+
+    def roll_back(
+        self, name: str, *, expected_rev: int, user: str | None = None, reason: str = ""
+    ) -> AliasMove:
+        """Point an alias at the version where it pointed before revision ``expected_rev``.
+
+        Raises:
+            NotFound: there is no such alias.
+            Conflict: it pointed nowhere else before, or somebody else moved it.
+            NotAllowed: everyone's aliases are the operator's to move.
+        """
+        request = pb.RollBackRequest(
+            owner=owner_of(user),
+            base_digest=self.base_digest,
+            name=name,
+            expected_rev=expected_rev,
+            reason=reason,
+        )
+        return move_of(self._call("Adapters/RollBack", request, pb.AliasMove))
+
+    def yank(self, version: int, *, user: str | None = None, undo: bool = False) -> AdapterVersion:
+        """Let nobody be given a version who does not name it, or take that back.
+
+        Raises:
+            NotFound: there is no such version.
+            Conflict: an alias points at it.
+            NotAllowed: everyone's versions are the operator's to yank.
+        """
+        request = pb.YankRequest(
+            owner=owner_of(user), base_digest=self.base_digest, version=version, undo=undo
+        )
+        return self._opened(self._call("Adapters/Yank", request, pb.SignedRecord), user, version)
 
     def compare(
         self,
@@ -421,10 +523,11 @@ class Coordinator:
             self._cache.forget_user(self.user)
         return int(erased.versions)
 
-    def _fetched_newest(self, user: str | None, good: Good | None) -> Fetched:
+    def _fetched_now(self, user: str | None, alias: str, good: Good | None) -> Fetched:
         request = pb.FetchRequest(
             owner=owner_of(user),
             base_digest=self.base_digest,
+            alias=alias,
             if_none_match=good.version.digest if good else "",
         )
         answer = self._call("Adapters/Fetch", request, pb.FetchResponse)
@@ -432,31 +535,32 @@ class Coordinator:
             if good is None:
                 raise Corrupt(f"{self.address} says that nothing changed, but nothing was here")
             return Fetched(good.version, good.data)
-        kept = self._cache.keep(answer, user, self.base_digest)
+        kept = self._cache.keep(answer, user, self.base_digest, alias)
         return Fetched(kept.version, kept.data)
 
-    def _fetched_exactly(self, user: str | None, number: int) -> Fetched:
+    def _fetched_exactly(self, user: str | None, which: Which) -> Fetched:
         request = pb.FetchRequest(
-            owner=owner_of(user), base_digest=self.base_digest, version=number
+            owner=owner_of(user), base_digest=self.base_digest, **_named(which)
         )
         answer = self._call("Adapters/Fetch", request, pb.FetchResponse)
-        version = self._opened(answer.record, user, exactly=number)
-        require_bytes(version, answer.data)
-        return Fetched(version, answer.data)
+        good = checked(answer, self._keys, user, self.base_digest, which)
+        return Fetched(good.version, good.data)
 
     def _opened(
-        self, signed: pb.SignedRecord, user: str | None, floor: int = 0, *, exactly: int = 0
+        self,
+        signed: pb.SignedRecord,
+        user: str | None,
+        which: Which | None = None,
+        floor: int = 0,
     ) -> AdapterVersion:
         version = opened_version(signed, self._keys)
-        require_asked_for(version, user, self.base_digest, floor=floor)
-        if exactly and version.version != exactly:
-            raise Corrupt(f"asked for version {exactly} of {named(user)}, got {version}")
+        require_asked_for(version, user, self.base_digest, which, floor=floor)
         return version
 
-    def _kept(self, user: str | None) -> Good | None:
+    def _kept(self, user: str | None, alias: str = LATEST) -> Good | None:
         """The last good version; one that was damaged on the disk is as good as none."""
         try:
-            return self._cache.load(user, self.base_digest)
+            return self._cache.load(user, self.base_digest, alias)
         except Fedia3Error as error:
             logger.warning("the kept adapter of %s is not used: %s", named(user), error)
             return None
@@ -546,6 +650,18 @@ class Coordinator:
         if self._renewal is not None:
             self._renewal.renew_if_due()
         return answered
+
+
+def _moves(which: Which) -> TypeGuard[str]:
+    """Whether this is an alias, which may point elsewhere tomorrow."""
+    return isinstance(which, str) and not encoding.SHA256_HEX.fullmatch(which)
+
+
+def _named(which: Which) -> Mapping[str, Any]:
+    """The request's field that says which version is meant."""
+    if isinstance(which, int):
+        return {"version": which}
+    return {"alias" if _moves(which) else "digest": which}
 
 
 def _with(

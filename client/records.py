@@ -23,6 +23,9 @@ from fedia3.proto import adapters_pb2 as pb
 from fedia3.proto.base_models_pb2 import SignedManifest
 from fedia3.proto.signing import signed_bytes
 
+Which = int | str  # a version's number, its digest, or an alias
+LATEST = "latest"  # the alias of the newest version that is not yanked
+
 
 @dataclass(frozen=True)
 class AdapterVersion:
@@ -40,6 +43,9 @@ class AdapterVersion:
     global_digest: str | None = None  # the global version that an own part is relative to
     parent_digest: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    yanked: bool = False  # only who names it is given it
+    revision: int = 0  # how often what its owner is served had changed by then
+    alias: str = ""  # that was asked for; "" where a version or a digest was named
 
     def __str__(self) -> str:
         return f"version {self.version} of {named(self.user)}"
@@ -103,7 +109,7 @@ def opened_version(signed: pb.SignedRecord, keys: TrustedKeys) -> AdapterVersion
     except DecodeError as error:
         raise BadSignature("the signed record is no record") from error
     return AdapterVersion(
-        user=record.owner.user if record.owner.WhichOneof("owner") == "user" else None,
+        user=_user_of(record.owner),
         version=record.version,
         digest=record.digest,
         size=record.size,
@@ -115,7 +121,44 @@ def opened_version(signed: pb.SignedRecord, keys: TrustedKeys) -> AdapterVersion
         global_digest=record.global_digest or None,
         parent_digest=record.parent_digest or None,
         metrics=dict(record.metrics),
+        yanked=record.yanked,
+        revision=record.revision,
+        alias=record.alias,
     )
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One move of an alias, such as ``stable``; the newest says where it points."""
+
+    user: str | None  # whose it is; None is everyone's
+    name: str
+    version: int | None  # None: at nothing any more
+    rev: int  # 1, 2, 3, … for each alias
+    actor: str
+    reason: str
+    at: datetime  # UTC, by the coordinator's clock
+
+
+def move_of(move: pb.AliasMove) -> AliasMove:
+    """A move as it was sent.
+
+    Raises:
+        Corrupt: it is of no time that there is.
+    """
+    return AliasMove(
+        user=_user_of(move.owner),
+        name=move.name,
+        version=move.version or None,
+        rev=move.rev,
+        actor=move.actor,
+        reason=move.reason,
+        at=_time(move.at_ms),
+    )
+
+
+def _user_of(owner: pb.Owner) -> str | None:
+    return owner.user if owner.WhichOneof("owner") == "user" else None
 
 
 def _time(ms: int) -> datetime:
@@ -140,9 +183,18 @@ def opened_manifest(signed: SignedManifest, keys: TrustedKeys) -> Manifest:
 
 
 def require_asked_for(
-    version: AdapterVersion, user: str | None, base_digest: str, *, floor: int = 0
+    version: AdapterVersion,
+    user: str | None,
+    base_digest: str,
+    which: Which | None = None,
+    *,
+    floor: int = 0,
 ) -> None:
-    """Refuse a version of somebody else, of another base model, or older than one seen before.
+    """Refuse a version of somebody else, of another base model, another, or of the past.
+
+    Args:
+        which: that was asked for; any, where it is None.
+        floor: the largest revision seen before.
 
     Raises:
         WrongBaseModel: it belongs to another base model.
@@ -155,10 +207,12 @@ def require_asked_for(
             f"asked for an adapter of base model {base_digest[:12]}, got one of "
             f"{version.base_digest[:12]}; it is not used"
         )
-    if version.version < floor:
+    if which is not None and which not in (version.version, version.digest, version.alias):
+        raise Corrupt(f"asked for {which!r} of {named(user)}, got {version}; it is not used")
+    if version.revision < floor:
         raise Corrupt(
-            f"{version} is older than version {floor}, which was here before; it is not used: was "
-            "the coordinator restored from an old backup?"
+            f"{version} is what was served at revision {version.revision}, and revision {floor} "
+            "was here before; it is not used: was the coordinator restored from an old backup?"
         )
 
 

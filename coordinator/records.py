@@ -267,6 +267,17 @@ def checked_digest(digest: str, what: str) -> str:
     return digest
 
 
+def checked_version(version: int) -> int:
+    """The number itself, once it may be a version's.
+
+    Raises:
+        BadInput: it is not positive.
+    """
+    if version < 1:
+        raise BadInput(f"versions are 1, 2, 3, …, got {version}; name none for the newest")
+    return version
+
+
 def checked_count(count: int, what: str) -> int:
     """The count itself, once a database can hold it.
 

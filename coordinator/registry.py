@@ -31,7 +31,7 @@ from fedia3.coordinator.records import (
     checked_name,
     is_digest,
 )
-from fedia3.coordinator.store import Store, no_alias
+from fedia3.coordinator.store import Store, no_alias, no_digest, no_version
 from fedia3.coordinator.stores.memory import MemoryStore
 from fedia3.errors import BadAdapter, BadSetting, Conflict, Corrupt, NotFound
 
@@ -229,7 +229,18 @@ class Registry:
             Corrupt: the version is known, but its bytes are damaged or gone.
         """
         record = self.find(owner, base, which)
-        return record, self._bytes_of(record)
+        return record, self.read(record)
+
+    def read(self, record: AdapterRecord) -> bytes:
+        """The bytes of a version.
+
+        Raises:
+            Corrupt: they are damaged or gone.
+        """
+        try:
+            return self.blobs.get(record.digest)
+        except NotFound as error:
+            raise _bytes_gone(record) from error
 
     def promote(self, move: AliasMove, expected_rev: int | None = None) -> AliasEvent:
         """Point an alias at a version, or at none; where it points there already, nothing happens.
@@ -407,12 +418,6 @@ class Registry:
         newest = self.store.versions(owner, base, limit=1)  # yanked or not: it came before
         return newest[0].digest if newest else None
 
-    def _bytes_of(self, record: AdapterRecord) -> bytes:
-        try:
-            return self.blobs.get(record.digest)
-        except NotFound as error:
-            raise _bytes_gone(record) from error
-
     def _now(self) -> datetime:
         now = self._clock()
         return now.replace(microsecond=now.microsecond // 1000 * 1000)  # as fine as stores keep it
@@ -422,3 +427,12 @@ def _bytes_gone(record: AdapterRecord) -> Corrupt:
     return Corrupt(
         f"the bytes of {record} are gone; restore blob {record.digest[:12]} from a backup"
     )
+
+
+def not_there(owner: Owner, base: str, which: Which) -> NotFound:
+    """The error for what :meth:`Registry.find` does not find."""
+    if isinstance(which, int):
+        return no_version(owner, base, which)
+    if which == LATEST:
+        return no_version(owner, base, None)
+    return (no_digest if is_digest(which) else no_alias)(owner, base, which)

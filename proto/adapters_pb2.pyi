@@ -16,7 +16,7 @@ class Owner(_message.Message):
     def __init__(self, everyone: _Optional[bool] = ..., user: _Optional[str] = ...) -> None: ...
 
 class AdapterRecord(_message.Message):
-    __slots__ = ("owner", "version", "digest", "size", "base_digest", "schema_digest", "round_num", "num_examples", "global_digest", "parent_digest", "created_ms", "metrics")
+    __slots__ = ("owner", "version", "digest", "size", "base_digest", "schema_digest", "round_num", "num_examples", "global_digest", "parent_digest", "created_ms", "metrics", "yanked", "revision", "alias")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,9 @@ class AdapterRecord(_message.Message):
     PARENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CREATED_MS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    YANKED_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
     owner: Owner
     version: int
     digest: str
@@ -48,7 +51,30 @@ class AdapterRecord(_message.Message):
     parent_digest: str
     created_ms: int
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., base_digest: _Optional[str] = ..., schema_digest: _Optional[str] = ..., round_num: _Optional[int] = ..., num_examples: _Optional[int] = ..., global_digest: _Optional[str] = ..., parent_digest: _Optional[str] = ..., created_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    yanked: bool
+    revision: int
+    alias: str
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., base_digest: _Optional[str] = ..., schema_digest: _Optional[str] = ..., round_num: _Optional[int] = ..., num_examples: _Optional[int] = ..., global_digest: _Optional[str] = ..., parent_digest: _Optional[str] = ..., created_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., yanked: _Optional[bool] = ..., revision: _Optional[int] = ..., alias: _Optional[str] = ...) -> None: ...
+
+class AliasMove(_message.Message):
+    __slots__ = ("owner", "base_digest", "name", "version", "rev", "actor", "reason", "at_ms")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REV_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    owner: Owner
+    base_digest: str
+    name: str
+    version: int
+    rev: int
+    actor: str
+    reason: str
+    at_ms: int
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., rev: _Optional[int] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., at_ms: _Optional[int] = ...) -> None: ...
 
 class SignedRecord(_message.Message):
     __slots__ = ("record", "signature", "key")
@@ -84,26 +110,34 @@ class PublishRequest(_message.Message):
     def __init__(self, base_digest: _Optional[str] = ..., data: _Optional[bytes] = ..., digest: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., idem_key: _Optional[str] = ...) -> None: ...
 
 class ResolveRequest(_message.Message):
-    __slots__ = ("owner", "base_digest", "version")
+    __slots__ = ("owner", "base_digest", "version", "alias", "digest")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     owner: Owner
     base_digest: str
     version: int
-    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    alias: str
+    digest: str
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., alias: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("owner", "base_digest", "version", "if_none_match")
+    __slots__ = ("owner", "base_digest", "version", "alias", "digest", "if_none_match")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     IF_NONE_MATCH_FIELD_NUMBER: _ClassVar[int]
     owner: Owner
     base_digest: str
     version: int
+    alias: str
+    digest: str
     if_none_match: str
-    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., if_none_match: _Optional[str] = ...) -> None: ...
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., alias: _Optional[str] = ..., digest: _Optional[str] = ..., if_none_match: _Optional[str] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("unchanged", "record", "data")
@@ -175,3 +209,79 @@ class EraseResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     versions: int
     def __init__(self, versions: _Optional[int] = ...) -> None: ...
+
+class ListAliasesRequest(_message.Message):
+    __slots__ = ("owner", "base_digest")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    owner: Owner
+    base_digest: str
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ...) -> None: ...
+
+class ListAliasesResponse(_message.Message):
+    __slots__ = ("aliases",)
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    aliases: _containers.RepeatedCompositeFieldContainer[AliasMove]
+    def __init__(self, aliases: _Optional[_Iterable[_Union[AliasMove, _Mapping]]] = ...) -> None: ...
+
+class AliasHistoryRequest(_message.Message):
+    __slots__ = ("owner", "base_digest", "name", "before_rev", "limit")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_REV_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    owner: Owner
+    base_digest: str
+    name: str
+    before_rev: int
+    limit: int
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., name: _Optional[str] = ..., before_rev: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class AliasHistoryResponse(_message.Message):
+    __slots__ = ("moves",)
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    moves: _containers.RepeatedCompositeFieldContainer[AliasMove]
+    def __init__(self, moves: _Optional[_Iterable[_Union[AliasMove, _Mapping]]] = ...) -> None: ...
+
+class PromoteRequest(_message.Message):
+    __slots__ = ("owner", "base_digest", "name", "version", "expected_rev", "reason")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_REV_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    owner: Owner
+    base_digest: str
+    name: str
+    version: int
+    expected_rev: int
+    reason: str
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., expected_rev: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RollBackRequest(_message.Message):
+    __slots__ = ("owner", "base_digest", "name", "expected_rev", "reason")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_REV_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    owner: Owner
+    base_digest: str
+    name: str
+    expected_rev: int
+    reason: str
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., name: _Optional[str] = ..., expected_rev: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class YankRequest(_message.Message):
+    __slots__ = ("owner", "base_digest", "version", "undo")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    owner: Owner
+    base_digest: str
+    version: int
+    undo: bool
+    def __init__(self, owner: _Optional[_Union[Owner, _Mapping]] = ..., base_digest: _Optional[str] = ..., version: _Optional[int] = ..., undo: _Optional[bool] = ...) -> None: ...

@@ -10,8 +10,8 @@ from fedia3.adapters import manifest
 from fedia3.adapters.base_store import BaseStore
 from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
 from fedia3.adapters.schema import Schema
-from fedia3.coordinator.records import AdapterRecord, Owner
-from fedia3.coordinator.registry import Effective, Registry
+from fedia3.coordinator.records import LATEST, AdapterRecord, Owner
+from fedia3.coordinator.registry import Effective, Registry, Which
 from fedia3.errors import NotFound, WrongBaseModel
 from fedia3.simulations.report import Report
 from fedia3.simulations.settings import RunFolder
@@ -88,15 +88,18 @@ class Run:
         trained = {result.user for result in self.report.users}
         return sorted(trained | set(self.report.facts.too_small))
 
-    def adapter(self, user: str, alpha: float = 1.0) -> Effective:
+    def adapter(self, user: str, alpha: float = 1.0, which: Which = LATEST) -> Effective:
         """What ``user`` is served; ``alpha`` 0 is the global adapter, 1 their own.
 
+        Args:
+            which: of everyone's adapters, by number, digest or alias.
+
         Raises:
-            NotFound: the run has no such user.
+            NotFound: the run has no such user, or ``which`` names none of everyone's adapters.
         """
         self._require(user)
         with self._registry() as registry:
-            return registry.resolve(user, self.schema, alpha)
+            return registry.resolve(user, self.schema, alpha, which)
 
     def versions(self) -> list[AdapterRecord]:
         """Every stored version: everyone's by round, then each user's."""
@@ -108,14 +111,14 @@ class Run:
                 for record in reversed(registry.versions(owner, self.schema.base_digest))
             ]
 
-    def save(self, user: str, out: Path, alpha: float = 1.0) -> Effective:
-        """Write what ``user`` is served as a Hugging Face PEFT folder.
+    def save(self, user: str, out: Path, alpha: float = 1.0, which: Which = LATEST) -> Effective:
+        """Write what ``user`` is served as a Hugging Face PEFT folder; see :meth:`adapter`.
 
         Raises:
-            NotFound: the run has no such user.
+            NotFound: the run has no such user, or ``which`` names none of everyone's adapters.
             BadInput: ``out`` holds something else than an adapter.
         """
-        served = self.adapter(user, alpha)
+        served = self.adapter(user, alpha, which)
         architecture = manifest.read_manifest(self.base_folder).created_from.architecture
         write_peft_folder(
             served.adapter,

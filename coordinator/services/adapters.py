@@ -12,10 +12,20 @@ from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.manifests import Manifests
-from fedia3.coordinator.records import LATEST, AdapterRecord, Owner, checked_digest
-from fedia3.coordinator.registry import Registry
+from fedia3.coordinator.records import (
+    LATEST,
+    AdapterRecord,
+    AliasEvent,
+    AliasMove,
+    Owner,
+    checked_alias,
+    checked_count,
+    checked_digest,
+    checked_version,
+    is_digest,
+)
+from fedia3.coordinator.registry import Registry, Which, not_there
 from fedia3.coordinator.services.calls import Caller, Handlers, Signer
-from fedia3.coordinator.store import no_version
 from fedia3.errors import BadAdapter, BadInput, NotAllowed, NotFound, WrongBaseModel
 from fedia3.proto import adapters_pb2 as pb
 from fedia3.proto.contract import MAX_MESSAGE
@@ -41,6 +51,11 @@ class AdaptersService:
             "/fedia3.v1.Adapters/Fetch": self.fetch,
             "/fedia3.v1.Adapters/List": self.list,
             "/fedia3.v1.Adapters/Compare": self.compare,
+            "/fedia3.v1.Adapters/ListAliases": self.list_aliases,
+            "/fedia3.v1.Adapters/AliasHistory": self.alias_history,
+            "/fedia3.v1.Adapters/Promote": self.promote,
+            "/fedia3.v1.Adapters/RollBack": self.roll_back,
+            "/fedia3.v1.Adapters/Yank": self.yank,
             "/fedia3.v1.Adapters/Erase": self.erase,
         }
 
@@ -56,35 +71,93 @@ class AdaptersService:
             idem_key=request.idem_key,
         )
         log.info("device %s published %s", caller.known.name, record.digest[:12])
-        return self._signed(record)
+        revision = self._registry.store.revision(record.owner, record.base)
+        return self._signed(record, record.version, revision)
 
     def resolve(self, request: pb.ResolveRequest, caller: Caller) -> pb.SignedRecord:
         """Which version an owner has, the newest where none is named."""
-        owner, base = _readable(request.owner, request.base_digest, caller, request.version)
-        return self._signed(self._registry.store.find(owner, base, request.version or None))
+        which = _which(request)
+        owner, base = _readable(request.owner, request.base_digest, caller, which)
+        revision = self._registry.store.revision(owner, base)
+        return self._signed(self._registry.find(owner, base, which), which, revision)
 
     def fetch(self, request: pb.FetchRequest, caller: Caller) -> pb.FetchResponse:
         """A version and its bytes; where the caller has those already, only that word."""
-        owner, base = _readable(request.owner, request.base_digest, caller, request.version)
-        version = request.version or None
-        if request.if_none_match:
-            found = self._registry.store.find(owner, base, version)
-            if found.digest == request.if_none_match:
-                return pb.FetchResponse(unchanged=True)
-        record, data = self._registry.fetch(owner, base, request.version or LATEST)
-        return pb.FetchResponse(record=self._signed(record), data=data)
+        which = _which(request)
+        owner, base = _readable(request.owner, request.base_digest, caller, which)
+        revision = self._registry.store.revision(owner, base)  # first: it may only be too small
+        record = self._registry.find(owner, base, which)
+        if request.if_none_match == record.digest:
+            return pb.FetchResponse(unchanged=True)
+        data = self._registry.read(record)
+        return pb.FetchResponse(record=self._signed(record, which, revision), data=data)
 
     def list(self, request: pb.ListRequest, caller: Caller) -> pb.ListResponse:
         """A page of an owner's versions, newest first."""
-        if not 0 <= request.limit <= MAX_PAGE or request.before_version < 0:
-            raise BadInput(
-                f"a page holds 1 to {MAX_PAGE} versions below a positive one, got limit "
-                f"{request.limit} below {request.before_version}"
-            )
+        before, limit = _page(request.before_version, request.limit)
         owner, base = _readable(request.owner, request.base_digest, caller)
-        before, limit = request.before_version or None, request.limit or MAX_PAGE
+        revision = self._registry.store.revision(owner, base)
         records = self._registry.versions(owner, base, before, limit)
-        return pb.ListResponse(records=[self._signed(record) for record in records])
+        return pb.ListResponse(records=[self._signed(r, r.version, revision) for r in records])
+
+    def list_aliases(
+        self, request: pb.ListAliasesRequest, caller: Caller
+    ) -> pb.ListAliasesResponse:
+        """An owner's aliases that point at something, by name."""
+        owner, base = _readable(request.owner, request.base_digest, caller)
+        moves = self._registry.store.aliases(owner, base)
+        return pb.ListAliasesResponse(aliases=[move_message(move) for move in moves])
+
+    def alias_history(
+        self, request: pb.AliasHistoryRequest, caller: Caller
+    ) -> pb.AliasHistoryResponse:
+        """A page of an alias's moves, newest first."""
+        before, limit = _page(request.before_rev, request.limit)
+        owner, base = _readable(request.owner, request.base_digest, caller)
+        name = checked_alias(request.name)
+        moves = self._registry.store.alias_events(owner, base, name, before, limit)
+        return pb.AliasHistoryResponse(moves=[move_message(move) for move in moves])
+
+    def promote(self, request: pb.PromoteRequest, caller: Caller) -> pb.AliasMove:
+        """Point an alias at a version, or at none."""
+        owner, base = _changeable(request.owner, request.base_digest, caller)
+        checked_count(request.expected_rev, "the expected revision")
+        move = AliasMove(
+            owner=owner,
+            base=base,
+            name=request.name,
+            version=request.version or None,
+            actor=caller.known.name,
+            reason=request.reason,
+        )
+        moved = self._registry.promote(move, request.expected_rev)
+        log.info("%s moved %s to %s", moved.actor, moved, moved.version or "nothing")
+        return move_message(moved)
+
+    def roll_back(self, request: pb.RollBackRequest, caller: Caller) -> pb.AliasMove:
+        """Point an alias at the version where it pointed before."""
+        owner, base = _changeable(request.owner, request.base_digest, caller)
+        moved = self._registry.roll_back(
+            owner,
+            base,
+            request.name,
+            expected_rev=checked_count(request.expected_rev, "the expected revision"),
+            actor=caller.known.name,
+            reason=request.reason,
+        )
+        log.info("%s rolled %s back to version %s", moved.actor, moved, moved.version)
+        return move_message(moved)
+
+    def yank(self, request: pb.YankRequest, caller: Caller) -> pb.SignedRecord:
+        """Let nobody be given a version who does not name it, or take that back."""
+        owner, base = _changeable(request.owner, request.base_digest, caller)
+        store, version = self._registry.store, request.version
+        (store.unyank if request.undo else store.yank)(owner, base, version)
+        log.info(
+            "%s %s version %d", caller.known.name, "unyanked" if request.undo else "yanked", version
+        )
+        revision = store.revision(owner, base)
+        return self._signed(store.find(owner, base, version), version, revision)
 
     def compare(self, request: pb.CompareRequest, caller: Caller) -> pb.CompareResponse:
         """How far apart the scales of two versions are, target by target.
@@ -125,8 +198,10 @@ class AdaptersService:
         _, anchor_data = self._registry.fetch(everyone, schema.base_digest, anchor.version)
         return personal.on(encoding.decode(anchor_data, schema))
 
-    def _signed(self, record: AdapterRecord) -> pb.SignedRecord:
-        message = to_message(record, self._registry.size(record))
+    def _signed(self, record: AdapterRecord, which: Which, revision: int) -> pb.SignedRecord:
+        is_named = isinstance(which, int) or is_digest(which)
+        message = to_message(record, self._registry.size(record), revision)
+        message.alias = "" if is_named else str(which)
         data = message.SerializeToString(deterministic=True)
         signature = self._signer.sign("record", data)
         return pb.SignedRecord(record=data, signature=signature, key=self._signer.public_key)
@@ -162,11 +237,10 @@ def compared(left: Adapter, right: Adapter) -> pb.CompareResponse:
     return pb.CompareResponse(targets=targets, distance=float(np.linalg.norm(difference)))
 
 
-def to_message(record: AdapterRecord, size: int) -> pb.AdapterRecord:
-    """A version as it is sent; ``size`` is its file's bytes."""
-    everyone = record.owner.kind == "global"
+def to_message(record: AdapterRecord, size: int, revision: int) -> pb.AdapterRecord:
+    """A version as it is sent; ``size`` is its file's bytes, ``revision`` its owner's."""
     return pb.AdapterRecord(
-        owner=pb.Owner(everyone=True) if everyone else pb.Owner(user=record.owner.name),
+        owner=_owner_message(record.owner),
         version=record.version,
         digest=record.digest,
         size=size,
@@ -178,7 +252,71 @@ def to_message(record: AdapterRecord, size: int) -> pb.AdapterRecord:
         parent_digest=record.parent or "",
         created_ms=round(record.created_at.timestamp() * 1000),
         metrics=record.metrics,
+        yanked=record.yanked,
+        revision=revision,
     )
+
+
+def move_message(move: AliasEvent) -> pb.AliasMove:
+    """A move as it is sent."""
+    return pb.AliasMove(
+        owner=_owner_message(move.owner),
+        base_digest=move.base,
+        name=move.name,
+        version=move.version or 0,
+        rev=move.rev,
+        actor=move.actor,
+        reason=move.reason,
+        at_ms=round(move.at.timestamp() * 1000),
+    )
+
+
+def _owner_message(owner: Owner) -> pb.Owner:
+    return pb.Owner(everyone=True) if owner.kind == "global" else pb.Owner(user=owner.name)
+
+
+def _which(request: pb.ResolveRequest | pb.FetchRequest) -> Which:
+    """What is asked for: a version's number, a digest, an alias, by default the latest.
+
+    Raises:
+        BadInput: it is none of these.
+    """
+    match request.WhichOneof("which"):
+        case "version":
+            return checked_version(request.version)
+        case "digest":
+            return checked_digest(request.digest, "a version's digest")
+        case "alias" if request.alias != LATEST:
+            return checked_alias(request.alias)
+    return LATEST
+
+
+def _page(before: int, limit: int) -> tuple[int | None, int]:
+    """Below what a page begins, and how much it holds.
+
+    Raises:
+        BadInput: no page is like that.
+    """
+    if not 0 <= limit <= MAX_PAGE or before < 0:
+        raise BadInput(
+            f"a page holds 1 to {MAX_PAGE} entries below a positive number, got limit {limit} "
+            f"below {before}"
+        )
+    return before or None, limit or MAX_PAGE
+
+
+def _changeable(wanted: pb.Owner, base: str, caller: Caller) -> tuple[Owner, str]:
+    """Whose adapters are to be changed on which base, if they are the caller's to change.
+
+    Raises:
+        BadInput: the request names no owner, or no digest.
+        NotFound: they are somebody else's.
+        NotAllowed: they are everyone's, and the caller is not the operator.
+    """
+    owner, base = _readable(wanted, base, caller)
+    if owner.kind == "global" and caller.known.kind != "admin":
+        raise NotAllowed("everyone's adapters are changed by the operator")
+    return owner, base
 
 
 def _user(caller: Caller) -> str:
@@ -188,7 +326,9 @@ def _user(caller: Caller) -> str:
     return caller.known.user
 
 
-def _readable(wanted: pb.Owner, base: str, caller: Caller, version: int = 0) -> tuple[Owner, str]:
+def _readable(
+    wanted: pb.Owner, base: str, caller: Caller, which: Which = LATEST
+) -> tuple[Owner, str]:
     """Whose adapters are asked for on which base, if the caller may know of them.
 
     Raises:
@@ -196,11 +336,11 @@ def _readable(wanted: pb.Owner, base: str, caller: Caller, version: int = 0) -> 
         NotFound: they are somebody else's.
     """
     checked_digest(base, "a base model's digest")
-    which = wanted.WhichOneof("owner")
-    if which is None or (which == "everyone" and not wanted.everyone):
+    named = wanted.WhichOneof("owner")
+    if named is None or (named == "everyone" and not wanted.everyone):
         raise BadInput("an owner is everyone (true) or a user's name, got neither")
-    owner = Owner.everyone() if which == "everyone" else Owner.user(wanted.user)
+    owner = Owner.everyone() if named == "everyone" else Owner.user(wanted.user)
     is_device = caller.known.kind == "device"
     if is_device and owner.kind == "user" and owner.name != caller.known.user:
-        raise no_version(owner, base, version or None)
+        raise not_there(owner, base, which)
     return owner, base

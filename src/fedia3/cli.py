@@ -223,6 +223,9 @@ def fetch(
     user: UserOption,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     alpha: Alpha = 1.0,
+    everyones: Annotated[
+        str, typer.Option("--global", help="On which of everyone's adapters: an alias or number.")
+    ] = "latest",
     run: RunOption = None,
     seed: SeedOption = None,
     state: Annotated[
@@ -248,13 +251,15 @@ def fetch(
     PEFT's [bold]PeftModel.from_pretrained(base, folder)[/bold] loads it.
     """
     source = _source(run, seed, state, coordinator, ca, token_file)
+    which = int(everyones) if everyones.isdecimal() else everyones
     if source is not None:
         with source:
-            _tell_remote(source.save(out_folder, user, alpha), user, out_folder, as_json)
+            remote = source.save(out_folder, user, alpha, which)
+            _tell_remote(remote, user, out_folder, as_json)
         return
     from fedia3.simulations.run import Run  # noqa: PLC0415  # --help stays fast
 
-    served = Run.open(run, seed).save(user, out_folder, alpha)
+    served = Run.open(run, seed).save(user, out_folder, alpha, which)
     facts = {
         "user": user,
         "folder": str(out_folder),

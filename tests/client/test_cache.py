@@ -27,7 +27,13 @@ class Signer:
         return self.key.public_key().public_bytes_raw()
 
     def answer(
-        self, version: int, *, user: str = "", base: str = BASE, data: bytes = b"scales"
+        self,
+        version: int,
+        *,
+        user: str = "",
+        base: str = BASE,
+        data: bytes = b"scales",
+        alias: str = "latest",
     ) -> FetchResponse:
         """A sound answer."""
         record = AdapterRecord(
@@ -36,6 +42,8 @@ class Signer:
             digest=digest(data),
             size=len(data),
             base_digest=base,
+            revision=version,
+            alias=alias,
         ).SerializeToString()
         signature = self.key.sign(signed_bytes("record", record))
         signed = SignedRecord(record=record, signature=signature, key=self.public)
@@ -86,7 +94,7 @@ def test_an_older_version_is_refused(cache: AdapterCache, signer: Signer):
     Behind version 5, version 4 is not taken, and 5 stays.
     """
     cache.keep(signer.answer(5), None, BASE)
-    with pytest.raises(Corrupt, match="older than version 5"):
+    with pytest.raises(Corrupt, match="revision 5 was here before"):
         cache.keep(signer.answer(4, data=b"old"), None, BASE)
     good = cache.load(None, BASE)
     assert good is not None
@@ -100,7 +108,7 @@ def test_the_floor_outlives_the_bytes(cache: AdapterCache, signer: Signer):
     cache.keep(signer.answer(5), None, BASE)
     cache.forget(None, BASE)
     assert cache.load(None, BASE) is None
-    with pytest.raises(Corrupt, match="older than version 5"):
+    with pytest.raises(Corrupt, match="revision 5 was here before"):
         cache.keep(signer.answer(4), None, BASE)
 
 
@@ -112,7 +120,7 @@ def test_a_floor_lost_in_a_crash_is_read_from_the_bytes(
     """
     cache.keep(signer.answer(5), None, BASE)
     (kept_file(tmp_path).parent / "floor").unlink()
-    with pytest.raises(Corrupt, match="older than version 5"):
+    with pytest.raises(Corrupt, match="revision 5 was here before"):
         cache.keep(signer.answer(4), None, BASE)
 
 

@@ -18,10 +18,12 @@ from fedia3.client.coordinator import Coordinator
 from fedia3.client.device import DeviceFolder, Enrolment
 from fedia3.client.enrolment import enroll
 from fedia3.client.personal_store import Judged, PersonalStore
+from fedia3.coordinator.records import AliasMove, Owner
 from fedia3.errors import (
     BadInput,
     BadSignature,
     BadToken,
+    Conflict,
     NotAllowed,
     NotFound,
     Unreachable,
@@ -90,10 +92,100 @@ def test_an_older_version_is_had_by_its_number(service: RunningService, ann: Coo
     digest = publish_global(service, 1.5)
     publish_global(service, 2.0)
     ann.fetch()
-    assert ann.fetch(version=1).version.digest == digest
-    assert ann.resolve(version=1).digest == digest
+    assert ann.fetch(which=1).version.digest == digest
+    assert ann.resolve(which=1).digest == digest
     with pytest.raises(NotFound):
-        ann.fetch(version=9)
+        ann.fetch(which=9)
+
+
+def operator_of(service: RunningService, tmp_path: Path) -> Coordinator:
+    """The operator's SDK."""
+    return Coordinator(
+        service.address,
+        ca=service.ca,
+        token=service.operator_token,
+        signing_key=service.operator_key,
+        cache=tmp_path / "operator",
+    )
+
+
+def test_what_the_operator_promotes_is_served_by_its_name(
+    service: RunningService, ann: Coordinator, tmp_path: Path
+):
+    """
+    Stable stays behind while rounds go on, is rolled back, and its history is told.
+    """
+    first, second = publish_global(service, 1.5), publish_global(service, 2.0)
+    with operator_of(service, tmp_path) as operator:
+        operator.promote("stable", 1, expected_rev=0)
+        assert ann.served(which="stable").everyone.digest == first
+        operator.promote("stable", 2, expected_rev=1, reason="better")
+        assert ann.fetch(which="stable").version.digest == second
+        assert operator.roll_back("stable", expected_rev=2).version == 1
+        with pytest.raises(Conflict):
+            operator.promote("stable", 2, expected_rev=1)
+    assert ann.fetch(which="stable").version.digest == first
+    assert ann.resolve(which=second).version == 2
+    assert [(a.name, a.version, a.rev) for a in ann.aliases()] == [("stable", 1, 3)]
+    told = list(ann.alias_history("stable"))
+    assert [(move.version, move.reason) for move in told] == [(1, ""), (2, "better"), (1, "")]
+    with pytest.raises(NotAllowed):
+        ann.promote("stable", 2, expected_rev=3)
+
+
+def test_a_long_history_comes_whole(service: RunningService, ann: Coordinator):
+    """
+    Page by page.
+    """
+    publish_global(service, 1.5), publish_global(service, 2.0)
+    owner, base = Owner.everyone(), service.manifest.digest
+    for number in range(205):
+        service.registry.promote(
+            AliasMove(owner=owner, base=base, name="stable", version=1 + number % 2)
+        )
+    assert [move.rev for move in ann.alias_history("stable")] == list(range(205, 0, -1))
+
+
+def test_a_yank_is_taken_for_no_replay(service: RunningService, ann: Coordinator, tmp_path: Path):
+    """
+    The version before is served again, though a later one was here; an old answer would not be.
+    """
+    first, second = publish_global(service, 1.5), publish_global(service, 2.0)
+    assert ann.fetch().version.digest == second
+    with operator_of(service, tmp_path) as operator:
+        operator.yank(2)
+        fetched = ann.fetch()
+        assert (fetched.version.digest, fetched.fallback) == (first, None)
+        assert ann.resolve().digest == first
+        assert ann.fetch(which=2).version.yanked
+        operator.yank(2, undo=True)
+    assert ann.fetch().version.digest == second
+
+
+def test_an_alias_is_kept_for_when_nobody_answers(service: RunningService, tmp_path: Path):
+    """
+    Beside the newest, not in its place; once it is dropped it is not served again.
+    """
+    first, second = publish_global(service, 1.5), publish_global(service, 2.0)
+    state = device_of(service, "ann", tmp_path / "ann")
+    with operator_of(service, tmp_path) as operator, opened(state, tmp_path) as home:
+        operator.promote("stable", 1, expected_rev=0)
+        home.fetch(), home.fetch(which="stable")
+        known = state.enrolment()
+        state.keep(replace(known, address="localhost:1"))
+        with opened(state, tmp_path, timeout_s=0.3) as alone:
+            kept = [alone.fetch(which=which) for which in ("latest", "stable")]
+            with pytest.raises(Unreachable):
+                alone.fetch(which="canary")
+        assert [k.version.digest for k in kept] == [second, first]
+        assert all(k.fallback for k in kept)
+        state.keep(known)
+        operator.promote("stable", None, expected_rev=1)
+        with pytest.raises(NotFound):
+            home.fetch(which="stable")
+    state.keep(replace(known, address="localhost:1"))
+    with opened(state, tmp_path, timeout_s=0.3) as alone, pytest.raises(Unreachable):
+        alone.fetch(which="stable")
 
 
 def test_nothing_new_costs_about_a_hundred_bytes(service: RunningService, tmp_path: Path):
@@ -162,7 +254,7 @@ def test_another_users_adapter_is_not_found(
         assert bob.fetch("bob").version.version == 1
     for ask in (
         lambda: ann.fetch("bob"),
-        lambda: ann.fetch("bob", version=1),
+        lambda: ann.fetch("bob", which=1),
         lambda: ann.resolve("bob"),
         lambda: list(ann.versions("bob")),
         lambda: ann.compare((None, 1), ("bob", 1)),
@@ -307,7 +399,7 @@ def test_a_coordinator_set_back_does_not_set_devices_back(tmp_path: Path):
             fetched = home.fetch()
     assert fetched.version.digest == newest
     assert fetched.fallback is not None
-    assert "older than version 2" in fetched.fallback
+    assert "revision 2 was here before" in fetched.fallback
 
 
 def test_another_signing_key_is_not_believed(service: RunningService, tmp_path: Path):

@@ -37,27 +37,47 @@ class Phone:
     caller: Caller
     base: str
 
-    def resolve(self, owner: pb.Owner, version: int = 0) -> pb.AdapterRecord:
-        return record(self.signed(owner, version))
+    def resolve(self, owner: pb.Owner, **which: object) -> pb.AdapterRecord:
+        return record(self.signed(owner, **which))
 
-    def signed(self, owner: pb.Owner, version: int = 0) -> pb.SignedRecord:
-        request = pb.ResolveRequest(owner=owner, base_digest=self.base, version=version)
+    def signed(self, owner: pb.Owner, **which: object) -> pb.SignedRecord:
+        request = pb.ResolveRequest(owner=owner, base_digest=self.base, **which)
         return self.caller.call("Adapters/Resolve", request, pb.SignedRecord)
 
     def fetch(self, owner: pb.Owner, **more: object) -> pb.FetchResponse:
         request = pb.FetchRequest(owner=owner, base_digest=self.base, **more)
         return self.caller.call("Adapters/Fetch", request, pb.FetchResponse)
 
-    def list(self, owner: pb.Owner, **more: int) -> list[int]:
-        request = pb.ListRequest(owner=owner, base_digest=self.base, **more)
-        answer = self.caller.call("Adapters/List", request, pb.ListResponse)
-        return [record(one).version for one in answer.records]
-
     def compare(self, left: pb.Owner, right: pb.Owner, **more: int) -> pb.CompareResponse:
         request = pb.CompareRequest(
             left_owner=left, right_owner=right, base_digest=self.base, **more
         )
         return self.caller.call("Adapters/Compare", request, pb.CompareResponse)
+
+    def aliases(self, owner: pb.Owner) -> dict[str, int]:
+        request = pb.ListAliasesRequest(owner=owner, base_digest=self.base)
+        answer = self.caller.call("Adapters/ListAliases", request, pb.ListAliasesResponse)
+        return {alias.name: alias.version for alias in answer.aliases}
+
+    def history(self, owner: pb.Owner, name: str = "stable", **more: int) -> list[pb.AliasMove]:
+        request = pb.AliasHistoryRequest(owner=owner, base_digest=self.base, name=name, **more)
+        answer = self.caller.call("Adapters/AliasHistory", request, pb.AliasHistoryResponse)
+        return list(answer.moves)
+
+    def promote(self, owner: pb.Owner, version: int, rev: int = 0, **more: str) -> pb.AliasMove:
+        fields = {"name": "stable", "version": version, "expected_rev": rev, **more}
+        request = pb.PromoteRequest(owner=owner, base_digest=self.base, **fields)
+        return self.caller.call("Adapters/Promote", request, pb.AliasMove)
+
+    def roll_back(self, owner: pb.Owner, rev: int = 1) -> pb.AliasMove:
+        request = pb.RollBackRequest(
+            owner=owner, base_digest=self.base, name="stable", expected_rev=rev
+        )
+        return self.caller.call("Adapters/RollBack", request, pb.AliasMove)
+
+    def yank(self, owner: pb.Owner, version: int, *, undo: bool = False) -> pb.AdapterRecord:
+        request = pb.YankRequest(owner=owner, base_digest=self.base, version=version, undo=undo)
+        return record(self.caller.call("Adapters/Yank", request, pb.SignedRecord))
 
     def publish(self, part: PersonalAdapter | bytes, **changed: object) -> pb.AdapterRecord:
         data = part if isinstance(part, bytes) else encoding.encode_personal(part)
@@ -72,6 +92,11 @@ class Phone:
         request = pb.PublishRequest(**{**fields, **changed})
         return record(self.caller.call("Adapters/Publish", request, pb.SignedRecord))
 
+    def list(self, owner: pb.Owner, **more: int) -> list[int]:
+        request = pb.ListRequest(owner=owner, base_digest=self.base, **more)
+        answer = self.caller.call("Adapters/List", request, pb.ListResponse)
+        return [record(one).version for one in answer.records]
+
     def erase(self, base: str = "") -> int:
         request = pb.EraseRequest(base_digest=base)
         return self.caller.call("Adapters/Erase", request, pb.EraseResponse).versions
@@ -80,6 +105,12 @@ class Phone:
 def record(signed: pb.SignedRecord) -> pb.AdapterRecord:
     """What was signed."""
     return pb.AdapterRecord.FromString(signed.record)
+
+
+def unnamed(found: pb.AdapterRecord) -> pb.AdapterRecord:
+    """The record without the alias that it was found by."""
+    found.ClearField("alias")
+    return found
 
 
 @pytest.fixture
@@ -107,7 +138,7 @@ def test_a_device_publishes_its_users_part(anna: Phone, everyone: Adapter, make_
     part = make_part(everyone, 1, 0, 0, 0, 0.5)
     data = encoding.encode_personal(part)
     published = anna.publish(part)
-    assert published == anna.resolve(ANNA)
+    assert published == unnamed(anna.resolve(ANNA))
     assert (published.owner.user, published.version, published.num_examples) == ("anna", 1, 7)
     assert (published.digest, published.size) == (encoding.digest(data), len(data))
     assert published.global_digest == part.global_digest
@@ -145,7 +176,7 @@ def test_two_devices_of_one_user_share_a_line(
     """
     tablet = Phone(calling(service.enrol("anna", "tablet")), anna.base)
     first = anna.publish(make_part(everyone, 1, 0, 0, 0, 0))
-    assert tablet.resolve(ANNA) == first
+    assert unnamed(tablet.resolve(ANNA)) == first
     second = tablet.publish(make_part(everyone, 2, 0, 0, 0, 0))
     assert (second.version, second.parent_digest) == (2, first.digest)
 
@@ -158,7 +189,7 @@ def test_a_user_is_the_same_in_both_spellings(
     """
     jose = Phone(calling(service.enrol("Jos\u00e9")), service.manifest.digest)
     published = jose.publish(make_part(everyone, 1, 0, 0, 0, 0))
-    assert jose.resolve(pb.Owner(user="Jose\u0301")) == published
+    assert unnamed(jose.resolve(pb.Owner(user="Jose\u0301"))) == published
 
 
 def refusal(call) -> tuple[type, str, int | None, bytes]:
@@ -173,7 +204,13 @@ def refusal(call) -> tuple[type, str, int | None, bytes]:
 
 
 @pytest.mark.parametrize("version", [0, 1, 7])
-@pytest.mark.parametrize("name", ["resolve", "fetch", "list", "compare left", "compare right"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resolve", "fetch", "list", "compare left", "compare right",
+        "aliases", "history", "promote", "rollback", "yank",
+    ],
+)  # fmt: skip
 def test_what_belongs_to_somebody_else_is_told_as_if_there_were_none(
     anna: Phone, bob: Phone, everyone: Adapter, make_part, name: str, version: int
 ) -> None:
@@ -182,11 +219,17 @@ def test_what_belongs_to_somebody_else_is_told_as_if_there_were_none(
     somebody of whom nobody has heard, but for the name that was asked for.
     """
     bob.publish(make_part(everyone, 1, 0, 0, 0, 0))
+    which = {"version": version} if version else {"alias": "stable"}
 
     def asked(owner: pb.Owner):
         return {
-            "resolve": lambda: anna.resolve(owner, version),
-            "fetch": lambda: anna.fetch(owner, version=version),
+            "resolve": lambda: anna.resolve(owner, **which),
+            "fetch": lambda: anna.fetch(owner, **which),
+            "aliases": lambda: anna.aliases(owner),
+            "history": lambda: anna.history(owner),
+            "promote": lambda: anna.promote(owner, version),
+            "rollback": lambda: anna.roll_back(owner),
+            "yank": lambda: anna.yank(owner, version),
             "list": lambda: anna.list(owner, before_version=version),
             "compare left": lambda: anna.compare(owner, EVERYONE, left_version=version),
             "compare right": lambda: anna.compare(EVERYONE, owner, right_version=version),
@@ -201,14 +244,15 @@ def test_what_belongs_to_somebody_else_is_told_as_if_there_were_none(
     assert bobs[3].replace(b"bob", b"eve") == nobodys[3]
 
 
+@pytest.mark.parametrize("which", [{"version": 3}, {"alias": "stable"}, {"digest": "f" * 64}, {}])
 def test_a_foreign_adapter_is_told_as_a_service_is_told_of_a_missing_one(
-    anna: Phone, web: Phone, everyone: Adapter
+    anna: Phone, web: Phone, everyone: Adapter, which: dict[str, object]
 ) -> None:
     """
     The words for what may not be seen are those for what is not there.
     """
-    foreign = refusal(lambda: anna.fetch(NOBODY, version=3))
-    missing = refusal(lambda: web.fetch(NOBODY, version=3))
+    foreign = refusal(lambda: anna.fetch(NOBODY, **which))
+    missing = refusal(lambda: web.fetch(NOBODY, **which))
     assert foreign == missing
 
 
@@ -231,7 +275,7 @@ def test_a_service_reads_everybodys(
     """
     part = make_part(everyone, 1, 0, 0, 0, 0)
     published = [anna.publish(part), bob.publish(part)]
-    assert [web.resolve(ANNA), web.resolve(BOB)] == published
+    assert [unnamed(web.resolve(ANNA)), unnamed(web.resolve(BOB))] == published
     assert web.fetch(EVERYONE).data == encoding.encode(everyone)
     with pytest.raises(NotAllowed):
         web.publish(part)
@@ -244,7 +288,7 @@ def test_an_operator_reads_everybodys(
     To compare versions, say.
     """
     operator = Phone(calling("operator"), anna.base)
-    assert anna.publish(make_part(everyone, 1, 0, 0, 0, 0)) == operator.resolve(ANNA)
+    assert anna.publish(make_part(everyone, 1, 0, 0, 0, 0)) == unnamed(operator.resolve(ANNA))
 
 
 def test_unchanged_bytes_are_not_sent_again(anna: Phone, everyone: Adapter) -> None:
@@ -271,7 +315,7 @@ def test_an_old_version_is_fetched_by_its_number(
     assert anna.fetch(EVERYONE, version=1).data == encoding.encode(everyone)
 
 
-@pytest.mark.parametrize("version", [-1, 3, 2**62])
+@pytest.mark.parametrize("version", [3, 2**62])
 def test_a_version_that_is_not_there_is_not_found(
     anna: Phone, everyone: Adapter, version: int
 ) -> None:
@@ -280,6 +324,92 @@ def test_a_version_that_is_not_there_is_not_found(
     """
     with pytest.raises(NotFound):
         anna.fetch(EVERYONE, version=version)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [{"version": 0}, {"version": -1}, {"alias": ""}, {"alias": "a b"}, {"digest": "beef"}],
+)
+def test_what_names_no_version_is_refused(
+    anna: Phone, everyone: Adapter, which: dict[str, object]
+) -> None:
+    """
+    It is said what does.
+    """
+    for ask in (anna.fetch, anna.resolve):
+        with pytest.raises(BadInput, match="got"):
+            ask(EVERYONE, **which)
+
+
+def test_a_user_moves_their_own_aliases(
+    anna: Phone, bob: Phone, web: Phone, everyone: Adapter, make_part
+) -> None:
+    """
+    From their device, with everything that was moved in the history; a service may look.
+    """
+    parts = [make_part(everyone, number, 0, 0, 0, 0) for number in (1, 2)]
+    first, second = [anna.publish(part) for part in parts]
+    moved = anna.promote(ANNA, 1, reason="good")
+    assert (moved.rev, moved.version, moved.reason, moved.owner) == (1, 1, "good", ANNA)
+    assert anna.promote(ANNA, 1) == moved
+    with pytest.raises(Conflict, match="revision 1"):
+        anna.promote(ANNA, 2)
+    anna.promote(ANNA, 2, rev=1)
+    assert anna.roll_back(ANNA, rev=2) == anna.roll_back(ANNA, rev=2)
+    assert [move.version for move in anna.history(ANNA)] == [1, 2, 1]
+    assert [move.version for move in anna.history(ANNA, limit=1, before_rev=3)] == [2]
+    assert anna.aliases(ANNA) == web.aliases(ANNA) == {"stable": 1}
+    found = anna.resolve(ANNA, alias="stable")
+    assert (found.digest, found.alias) == (first.digest, "stable")
+    assert anna.fetch(ANNA, alias="stable").data == encoding.encode_personal(parts[0])
+    assert anna.resolve(ANNA, digest=second.digest).version == 2
+    with pytest.raises(NotAllowed):
+        web.promote(ANNA, 1)
+
+
+def test_only_the_operator_moves_everyones(
+    service: RunningService, calling, anna: Phone, web: Phone, everyone: Adapter
+) -> None:
+    """
+    And what a device is served by that name is what it points at.
+    """
+    operator = Phone(calling("operator"), anna.base)
+    for caller in (anna, web):
+        for change in (
+            lambda phone=caller: phone.promote(EVERYONE, 1),
+            lambda phone=caller: phone.roll_back(EVERYONE),
+            lambda phone=caller: phone.yank(EVERYONE, 1),
+        ):
+            with pytest.raises(NotAllowed):
+                change()
+    operator.promote(EVERYONE, 1)
+    assert anna.fetch(EVERYONE, alias="stable").data == encoding.encode(everyone)
+    assert anna.history(EVERYONE)[0].actor == "operator"
+
+
+def test_a_yanked_version_is_not_the_newest(
+    service: RunningService, calling, anna: Phone, shape: Schema, everyone: Adapter
+) -> None:
+    """
+    Who names it is given it and told; every change shows in the revision.
+    """
+    operator = Phone(calling("operator"), anna.base)
+    service.registry.publish_global(Adapter(shape, np.full(5, 2, dtype=np.float32)))
+    seen = [anna.resolve(EVERYONE)]
+    assert operator.yank(EVERYONE, 2).yanked
+    seen.append(anna.resolve(EVERYONE))
+    assert not operator.yank(EVERYONE, 2, undo=True).yanked
+    seen.append(anna.resolve(EVERYONE))
+    assert [(r.version, r.revision, r.alias) for r in seen] == [
+        (2, 2, "latest"),
+        (1, 3, "latest"),
+        (2, 4, "latest"),
+    ]
+    operator.promote(EVERYONE, 2)
+    with pytest.raises(Conflict, match="stable"):
+        operator.yank(EVERYONE, 2)
+    with pytest.raises(NotFound):
+        operator.yank(EVERYONE, 9)
 
 
 def test_versions_are_listed_in_pages(anna: Phone, everyone: Adapter, make_part) -> None:
@@ -486,7 +616,7 @@ def test_a_user_erases_their_own(
     with pytest.raises(NotFound):
         anna.fetch(ANNA)
     assert not service.registry.blobs.has(first.digest)
-    assert bob.resolve(BOB) == kept
+    assert unnamed(bob.resolve(BOB)) == kept
     assert anna.fetch(EVERYONE).data == encoding.encode(everyone)
     assert anna.publish(make_part(everyone, 1, 0, 0, 0, 0)).version == 2
 
