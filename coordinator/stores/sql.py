@@ -40,6 +40,7 @@ from fedia3.coordinator.records import (
     metrics_to_json,
 )
 from fedia3.coordinator.store import (
+    checked_key,
     no_digest,
     no_version,
     require_next_round,
@@ -47,10 +48,12 @@ from fedia3.coordinator.store import (
     require_same_bytes,
     require_user,
 )
-from fedia3.coordinator.stores.engine import Database, Table
+from fedia3.coordinator.stores.engine import Database, Table, findable, retried
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+# As SQLite compares text; PostgreSQL would go by its database's language.
+BY_CODE_POINT = String(128).with_variant(String(128, collation="C"), "postgresql")
 
 
 class AdapterRow(Table):
@@ -61,7 +64,7 @@ class AdapterRow(Table):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     owner_kind: Mapped[str] = mapped_column(String(16))
-    owner_name: Mapped[str] = mapped_column(String(128))  # "" for everyone: NULLs are not unique
+    owner_name: Mapped[str] = mapped_column(BY_CODE_POINT)  # "" for everyone: NULLs are not unique
     base: Mapped[str] = mapped_column(String(64))
     next_version: Mapped[int]
 
@@ -141,6 +144,9 @@ class StateRow(Table):
 class SqlStore:
     """The store in a database; see :class:`fedia3.coordinator.store.Store`.
 
+    Whoever writes writes about one owner, so an owner's numbers and keys are decided on one after
+    another, and rounds, which are everyone's, as well. Publishes of two owners do not wait.
+
     Its errors are :class:`fedia3.coordinator.stores.engine.Database`'s.
     """
 
@@ -152,20 +158,23 @@ class SqlStore:
         """The store in this file, created where there is none."""
         return cls(Database.url_of(path))
 
+    @retried
     def publish(
         self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
-        with self._database.writing() as connection:
+        idem_key = checked_key(idem_key)
+        with self._database.writing(str(draft.owner)) as connection:
             if idem_key is not None:
                 published = _by_key(connection, draft, idem_key)
                 if published is not None:
                     return require_same_bytes(published, draft)
             return _append(connection, draft, at, idem_key)[1]
 
+    @retried
     def commit_round(self, commit: RoundCommit, at: datetime) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.commit_round`."""
-        with self._database.writing() as connection:
+        with self._database.writing(str(commit.draft.owner)) as connection:
             require_next_round(_latest_round(connection), commit)
             adapter_id, record = _append(connection, commit.draft, at, idem_key=None)
             connection.execute(
@@ -215,7 +224,7 @@ class SqlStore:
 
     def find_digest(self, owner: Owner, base: str, digest: str) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.find_digest`."""
-        query = _select_versions(owner, base).where(VersionRow.digest == digest).limit(1)
+        query = _select_versions(owner, base).where(VersionRow.digest == findable(digest)).limit(1)
         with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
@@ -244,11 +253,12 @@ class SqlStore:
         with self._database.reading() as connection:
             return frozenset(connection.scalars(query))
 
+    @retried
     def erase(self, owner: Owner, base: str | None = None) -> int:
         """See :meth:`fedia3.coordinator.store.Store.erase`."""
         require_user(owner)
         query = delete(VersionRow).where(VersionRow.adapter_id.in_(_line_ids(owner, base)))
-        with self._database.writing() as connection:
+        with self._database.writing(str(owner)) as connection:
             return connection.execute(query).rowcount
 
     def owners(
@@ -361,14 +371,14 @@ def _line_ids(owner: Owner, base: str | None) -> Select[int]:
     query = select(AdapterRow.id).where(
         AdapterRow.owner_kind == owner.kind, AdapterRow.owner_name == owner.name
     )
-    return query if base is None else query.where(AdapterRow.base == base)
+    return query if base is None else query.where(AdapterRow.base == findable(base))
 
 
 def _is_line(owner: Owner, base: str) -> tuple[Any, ...]:  # Any: SQLAlchemy's own conditions
     return (
         AdapterRow.owner_kind == owner.kind,
         AdapterRow.owner_name == owner.name,
-        AdapterRow.base == base,
+        AdapterRow.base == findable(base),
     )
 
 

@@ -242,10 +242,10 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         SqlStore.at(tmp_path / "nowhere" / "registry.db")
 
 
-@pytest.mark.parametrize("url", ["postgresql://host/name", "sqlite://"])
-def test_a_database_that_is_not_an_sqlite_file_is_refused(url: str) -> None:
+@pytest.mark.parametrize("url", ["mysql://host/name", "sqlite://", "postgresql://host"])
+def test_a_database_that_is_neither_file_nor_server_is_refused(url: str) -> None:
     """
-    Neither a server nor a database in memory is taken by this store.
+    Another kind of server, a database in memory and a server without a database are not taken.
     """
-    with pytest.raises(BadSetting, match="SQLite file"):
+    with pytest.raises(BadSetting, match="SQLite file or in PostgreSQL"):
         SqlStore(url)
