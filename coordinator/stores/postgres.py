@@ -117,10 +117,12 @@ class Postgres:
 
     def in_our_words(self, error: DBAPIError) -> Fedia3Error:
         """One of the server's errors, or of the way to it."""
-        said = f"{self.name}: {str(error.orig).strip()}"
         state = getattr(error.orig, "sqlstate", None)
         if state is None:
-            return _without_state(error, said)
+            return _without_state(error, f"{self.name}: {str(error.orig).strip()}")
+        # Without the server's details: they quote rows.
+        diagnosis = getattr(error.orig, "diag", None)
+        said = f"{self.name}: {getattr(diagnosis, 'message_primary', None) or state}"
         for beginnings, kind, advice in _MEANINGS:
             if state.startswith(beginnings):
                 return kind(f"{said}; {advice}")
