@@ -33,7 +33,15 @@ _LINK = {
     "keepalives_count": "3",
     "tcp_user_timeout": "30000",  # ms
 }
-_REFUSED = ("password", "authentication", "pg_hba.conf", "does not exist", "resolve host")
+# Why a server, or the way to it, lets nobody in until somebody changes something.
+_REFUSED = (
+    "password",
+    "authentication",
+    "pg_hba.conf",
+    "does not exist",
+    "not permitted",
+    "resolve host",
+)
 
 
 class GaveWay(Conflict):
