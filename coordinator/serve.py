@@ -89,9 +89,8 @@ def _own_part(config: CoordinatorConfig, name: str, ready: Callable[[], Awaitabl
 
 async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
     config.drain_file.unlink(missing_ok=True)
-    Registry.open(
-        config.registry, config.database
-    ).close()  # an older database is migrated once, not by each part
+    # an older database is migrated once, not by each part
+    Registry.open(config.registry, config.database).close()
     _renewed(config)
     supervisor = Supervisor(parts_of(config), config.parts_file, logger)
     supervisor.end_leftovers()

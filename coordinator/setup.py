@@ -252,9 +252,12 @@ def _settings(setting: Setting, database: str | None) -> str:
 def _without_password(url: str) -> str:
     """Which database it is, so that a start without the environment does not begin another one."""
     parts = urlsplit(url)
-    query = urlencode([(key, v) for key, v in parse_qsl(parts.query) if key != "password"])
+    query = parse_qsl(parts.query)
+    if parts.password is None and "password" not in dict(query):
+        return url
     user, at, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=user.partition(":")[0] + at + host, query=query).geturl()
+    kept = urlencode([(key, value) for key, value in query if key != "password"])
+    return parts._replace(netloc=user.partition(":")[0] + at + host, query=kept).geturl()
 
 
 def _is_kept(digest: str) -> bool:

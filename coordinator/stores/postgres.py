@@ -6,14 +6,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
-from fedia3.errors import (
-    BadInput,
-    BadSetting,
-    Conflict,
-    Corrupt,
-    Fedia3Error,
-    StorageFailed,
-)
+from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt, Fedia3Error, StorageFailed
 
 KEPT_CONNECTIONS, MORE_CONNECTIONS = 2, 6  # of one store; the latter only while there is a rush
 # An acknowledged change is on disk, whatever the server's default. Who hangs lets go of its locks.
@@ -23,6 +16,11 @@ _SESSION = {
     "lock_timeout": "5s",
     "idle_in_transaction_session_timeout": "60s",
 }
+_MIGRATING = (
+    "statement_timeout = 0",
+    "lock_timeout = '60s'",
+    "idle_in_transaction_session_timeout = '10min'",
+)
 # A server that is gone without a word is noticed within half a minute.
 _LINK = {
     "application_name": "fedia3",
@@ -83,9 +81,9 @@ class Postgres:
                 isolation_level="READ COMMITTED",
                 connect_args=_connection_options(url),
             )
-        except ModuleNotFoundError as error:
+        except ImportError as error:  # its libpq may be missing, too
             raise BadSetting(
-                f"PostgreSQL is reached through {error.name}, which is not installed; run "
+                "PostgreSQL is reached through psycopg, which is not installed whole; run "
                 "`pip install fedia3[postgres]`"
             ) from error
         self.reader = self.writer.execution_options(
@@ -112,9 +110,10 @@ class Postgres:
 
         Raises:
             BadSetting: the database keeps no UTF-8.
+            Conflict: somebody wrote, or migrated, for more than a minute.
         """
-        connection.exec_driver_sql("SET LOCAL lock_timeout = '60s'")
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        for setting in _MIGRATING:
+            connection.exec_driver_sql(f"SET LOCAL {setting}")
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding != "UTF8":
             raise BadSetting(

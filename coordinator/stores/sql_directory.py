@@ -111,6 +111,8 @@ class RoundControlRow(Table):
 class SqlDirectory:
     """The directory in a database; see :class:`fedia3.coordinator.directory.Directory`.
 
+    All that it writes is about the directory, so its changes are decided on one after another.
+
     Its errors are :class:`fedia3.coordinator.stores.engine.Database`'s.
     """
 

@@ -1,5 +1,6 @@
 """PostgreSQL under the stores: who waits for whom, what its errors become, what is never told."""
 
+import secrets
 import signal
 import socket
 import struct
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, create_engine, make_url
+from sqlalchemy import URL, Connection, create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from fedia3.coordinator.records import AdapterDraft, Owner
@@ -48,6 +49,13 @@ def store(postgres_url: str) -> Iterator[SqlStore]:
         yield store
 
 
+def execute(url: URL, statement: str) -> None:
+    """Run a statement that no transaction may hold."""
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(statement)
+
+
 @contextmanager
 def outside(url: str) -> Iterator[Connection]:
     """A transaction of somebody who knows nothing of our locks."""
@@ -73,6 +81,7 @@ def test_two_users_publish_at_the_same_time(store: SqlStore, postgres_url: str) 
     with ThreadPoolExecutor(1) as pool, store._database.writing(str(ANNA)):
         assert store.publish(draft(BOB), NOON).version == 1
         waiting = pool.submit(store.publish, draft(ANNA), NOON)
+        wait_until_somebody_waits(postgres_url)
         assert store.publish(draft(BOB), NOON).version == 2
         assert not waiting.done()
         assert store.versions(ANNA, BASE) == ()
@@ -193,6 +202,20 @@ def test_a_commit_is_flushed_before_it_is_acknowledged(postgres_url: str) -> Non
     assert found == ["on", "1min", "5s", "1min", "read committed"]
 
 
+def test_a_database_that_keeps_no_utf8_is_a_bad_setting(postgres_database: URL) -> None:
+    """
+    Names in any script need it; the message says how to make a database that has it.
+    """
+    name = f"fedia3_test_{secrets.token_hex(8)}"
+    options = "TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'"
+    execute(postgres_database, f"CREATE DATABASE {name} {options}")
+    try:
+        with pytest.raises(BadSetting, match=r"LATIN1.*createdb --encoding UTF8"):
+            SqlStore(postgres_database.set(database=name))
+    finally:
+        execute(postgres_database, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -301,6 +324,15 @@ def assert_no_secret(error: BaseException | None) -> None:
     while error is not None:
         assert "secret" not in f"{error} {error!r}"
         error = error.__cause__
+
+
+def test_a_missing_driver_is_a_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The message says what to install.
+    """
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(BadSetting, match=r"pip install fedia3\[postgres\]"):
+        SqlStore("postgresql://role@host/db")
 
 
 def test_a_server_that_is_away_is_told(postgres_url: str) -> None:
