@@ -23,6 +23,8 @@ from fedia3.coordinator.stores.postgres import GaveWay, Postgres
 from fedia3.coordinator.stores.sql import SqlStore
 from fedia3.errors import BadInput, BadSetting, Conflict, StorageFailed
 
+pytest.importorskip("psycopg", reason="the extra `postgres` is not installed")
+
 NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
 BASE = "b" * 64
 ANNA, BOB = Owner.user("anna"), Owner.user("bob")
