@@ -18,6 +18,7 @@ from fedia3.coordinator.rounds import RoundPlan
 from fedia3.errors import BadSetting, NotFound
 
 CONFIG_VARIABLE = "FEDIA3_COORDINATOR_CONFIG"  # the file's path, nothing else
+DATABASE_VARIABLE = "FEDIA3_DATABASE_URL"  # counts before the file, and may hold a password
 FILE_NAME = "coordinator.toml"
 BACK_TO_BACK_RUN = 20  # rounds of one Flower run where no pause lies between them
 
@@ -84,6 +85,13 @@ class RoundsConfig:
 
 
 @dataclass(frozen=True)
+class RegistryConfig:
+    """Where the registry's rows are kept; adapters' bytes are files beside the settings."""
+
+    database: str = ""  # a PostgreSQL database's URL; "" is registry/registry.db
+
+
+@dataclass(frozen=True)
 class CoordinatorConfig:
     """A coordinator's settings and the folder where it keeps everything."""
 
@@ -92,6 +100,7 @@ class CoordinatorConfig:
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     training: TrainingPlan = field(default_factory=TrainingPlan)
     limits: GateLimits = field(default_factory=GateLimits)
+    database: str | None = field(default=None, repr=False)  # its URL; None: registry/registry.db
 
     @property
     def plan(self) -> RoundPlan:
@@ -133,7 +142,7 @@ class CoordinatorConfig:
 
     @property
     def registry(self) -> Path:
-        """Adapters, rounds and devices: ``registry.db`` beside ``blobs/``."""
+        """Adapters, rounds and devices: ``registry.db``, or a server's database, and ``blobs/``."""
         return self.folder / "registry"
 
     @property
@@ -224,16 +233,18 @@ def config_of(text: str, folder: Path, name: str = FILE_NAME) -> CoordinatorConf
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadSetting(f"{name} is no TOML: {error}") from error
-    sections = {"coordinator", "rounds", "training", "limits"}
+    sections = {"coordinator", "registry", "rounds", "training", "limits"}
     _require_known(table, sections, name, "section")
     if "coordinator" not in table:
         raise BadSetting(f"{name} has no section [coordinator], which names hosts and base")
+    registry = _section(RegistryConfig, table, "registry", name)
     return CoordinatorConfig(
         folder=folder,
         coordinator=_section(ServiceConfig, table, "coordinator", name),
         rounds=_section(RoundsConfig, table, "rounds", name),
         training=_section(TrainingPlan, table, "training", name),
         limits=_section(GateLimits, table, "limits", name),
+        database=os.environ.get(DATABASE_VARIABLE) or registry.database or None,
     )
 
 

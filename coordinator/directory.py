@@ -39,6 +39,7 @@ class Device:
     last_seen_ms: int | None = None
 
     def __post_init__(self) -> None:
+        checked_name(self.device_id, "a device's id")
         object.__setattr__(self, "user", checked_name(self.user, "a user's name"))
         object.__setattr__(self, "name", checked_name(self.name, "a device's name"))
         if len(self.signing_key) != SIGNING_KEY_BYTES:
@@ -47,13 +48,21 @@ class Device:
 
 @dataclass(frozen=True)
 class Token:
-    """What a caller shows; the secret itself is only ever in its holder's hands."""
+    """What a caller shows; the secret itself is only ever in its holder's hands.
+
+    Raises:
+        BadInput: the principal is no name.
+    """
 
     sha256: bytes
     kind: PrincipalKind
     principal: str  # a device's id, a service's name, "operator"
     expires_ms: int
     signing_key: bytes | None = None  # of an operator; a device's stands in its own entry
+
+    def __post_init__(self) -> None:
+        if self.principal:  # enrolment says whose it is
+            checked_name(self.principal, "a principal")
 
 
 @dataclass(frozen=True)
@@ -69,13 +78,20 @@ class Principal:
 
 @dataclass(frozen=True)
 class Invite:
-    """A single-use right to enrol one device of one user."""
+    """A single-use right to enrol one device of one user.
+
+    Raises:
+        BadInput: the user's name is not sound.
+    """
 
     code_sha256: bytes
     user: str
     expires_ms: int
     challenge: bytes  # 32 random bytes that the device signs
     device_id: str | None = None  # who used it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "user", checked_name(self.user, "a user's name"))
 
 
 @dataclass(frozen=True)
@@ -206,11 +222,13 @@ class Directory(Protocol):
         ...
 
 
-def open_directory(folder: Path) -> Directory:
+def open_directory(folder: Path, database: str | None = None) -> Directory:
     """The directory in ``folder``, in the database of its registry; created where it is new.
 
+    Where ``database`` is given, a PostgreSQL database's URL mostly, it stands for the file.
+
     Raises:
-        BadSetting: the folder cannot be created or written.
+        BadSetting: the folder cannot be created or written, or the database not be opened.
         BadInput: its database is no registry's, or a newer fedia3 wrote it.
     """
     from fedia3.coordinator.stores.sql_directory import (  # noqa: PLC0415 slow, unused in memory
@@ -223,7 +241,7 @@ def open_directory(folder: Path) -> Directory:
         raise BadSetting(
             f"cannot keep a directory in {folder}: {error.strerror}; choose a folder you can write"
         ) from error
-    return SqlDirectory.at(folder / "registry.db")
+    return SqlDirectory(database) if database else SqlDirectory.at(folder / "registry.db")
 
 
 def require_invite(found: Invite | None, now_ms: int) -> Invite:

@@ -148,8 +148,8 @@ def _deployed(grid: Grid, context: Context) -> None:
     campaign.note_process(config, context.run_id)
     log = campaign.rounds_log(config)
     with (
-        Registry.open(config.registry) as registry,
-        closing(open_directory(config.registry)) as directory,
+        Registry.open(config.registry, config.database) as registry,
+        closing(open_directory(config.registry, config.database)) as directory,
     ):
         book = campaign.Bookkeeper(directory, config.rounds.deadline_s, log, wall_ms)
         fleet = FlowerFleet(

@@ -55,8 +55,8 @@ async def run_service(config: CoordinatorConfig, until: asyncio.Event) -> None:
         port=config.coordinator.grpc_port,
     )
     with (
-        Registry.open(config.registry) as registry,
-        contextlib.closing(open_directory(config.registry)) as directory,
+        Registry.open(config.registry, config.database) as registry,
+        contextlib.closing(open_directory(config.registry, config.database)) as directory,
         contextlib.closing(ControlLink(config)) as link,
     ):
         service = Service(
@@ -79,7 +79,7 @@ async def run_proxy(config: CoordinatorConfig, until: asyncio.Event) -> None:
     from fedia3.proto.app import thin_app  # noqa: PLC0415  # as above
     from fedia3.proto.relay import Relay, RelayServer, Upstream  # noqa: PLC0415  # as above
 
-    with contextlib.closing(open_directory(config.registry)) as directory:
+    with contextlib.closing(open_directory(config.registry, config.database)) as directory:
         keeper = Doorkeeper(directory, thin_app().digest)
         upstream = Upstream(config.superlink_address, config.ca.read_text())
         server = RelayServer(

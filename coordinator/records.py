@@ -165,7 +165,7 @@ class Contribution:
             raise BadInput(f"a verdict is one of {get_args(Verdict)}, got {self.verdict!r}")
         if self.norm is not None and not math.isfinite(self.norm):
             raise BadInput(f"a delta's norm is finite, got {self.norm}; leave it out")
-        reason = self.reason[:MAX_REASON].encode(errors="replace").decode()
+        reason = self.reason[:MAX_REASON].encode(errors="replace").decode().replace("\0", "?")
         object.__setattr__(self, "reason", reason)
         object.__setattr__(self, "client", checked_name(self.client, "a client's name"))
         checked_count(self.num_examples, "num_examples")

@@ -28,7 +28,6 @@ from fedia3.coordinator.records import (
     RoundCommit,
     RoundRecord,
     checked_alias,
-    checked_name,
     is_digest,
 )
 from fedia3.coordinator.store import Store, no_alias, no_digest, no_version
@@ -75,11 +74,13 @@ class Registry:
         self._personal = Lock()
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, database: str | None = None) -> Self:
         """The registry in ``folder``: ``registry.db`` beside ``blobs/``, created where it is new.
 
+        Where ``database`` is given, a PostgreSQL database's URL mostly, it stands for the file.
+
         Raises:
-            BadSetting: the folder cannot be created or written.
+            BadSetting: the folder cannot be created or written, or the database not be opened.
             BadInput: its database is no registry's, or a newer fedia3 wrote it.
         """
         from fedia3.coordinator.stores.sql import (  # noqa: PLC0415 slow, unused in memory
@@ -93,7 +94,8 @@ class Registry:
                 f"cannot keep a registry in {folder}: {error.strerror}; choose a folder you can "
                 "write"
             ) from error
-        return cls(SqlStore.at(folder / "registry.db"), FileBlobs(folder / "blobs"))
+        store = SqlStore(database) if database else SqlStore.at(folder / "registry.db")
+        return cls(store, FileBlobs(folder / "blobs"))
 
     @classmethod
     def in_memory(cls, clock: Clock = utc_now) -> Self:
@@ -384,8 +386,6 @@ class Registry:
         return self.store.rounds()
 
     def _publish(self, draft: AdapterDraft, idem_key: str | None) -> AdapterRecord:
-        if idem_key is not None:
-            idem_key = checked_name(idem_key, "an idempotency key")
         return self.store.publish(draft, self._now(), idem_key)
 
     def _draft_global(

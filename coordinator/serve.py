@@ -89,7 +89,8 @@ def _own_part(config: CoordinatorConfig, name: str, ready: Callable[[], Awaitabl
 
 async def _serve(config: CoordinatorConfig, until: asyncio.Event) -> None:
     config.drain_file.unlink(missing_ok=True)
-    Registry.open(config.registry).close()  # an older database is migrated once, not by each part
+    # an older database is migrated once, not by each part
+    Registry.open(config.registry, config.database).close()
     _renewed(config)
     supervisor = Supervisor(parts_of(config), config.parts_file, logger)
     supervisor.end_leftovers()
@@ -123,7 +124,7 @@ async def _stop(config: CoordinatorConfig, supervisor: Supervisor) -> None:
 
 async def _round_is_over(config: CoordinatorConfig) -> None:
     """Back when no round is open, or after the time that one may take."""
-    with contextlib.closing(open_directory(config.registry)) as directory:
+    with contextlib.closing(open_directory(config.registry, config.database)) as directory:
         for _ in range(round(DRAIN_S / 0.2)):
             if not await asyncio.to_thread(_has_open_round, directory):
                 return
@@ -145,8 +146,8 @@ async def _schedule(
         loop.call_soon_threadsafe(supervisor.kill_part, "superexec", "it started no run in time")
 
     with (
-        Registry.open(config.registry) as registry,
-        contextlib.closing(open_directory(config.registry)) as directory,
+        Registry.open(config.registry, config.database) as registry,
+        contextlib.closing(open_directory(config.registry, config.database)) as directory,
         contextlib.closing(ControlLink(config)) as link,
     ):
         process = lambda: noted_process(config)  # noqa: E731  # read at every look

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -23,7 +24,12 @@ from fedia3.coordinator.certificates import (
     make_authority,
     make_server_certificate,
 )
-from fedia3.coordinator.config import FILE_NAME, CoordinatorConfig, read_config
+from fedia3.coordinator.config import (
+    DATABASE_VARIABLE,
+    FILE_NAME,
+    CoordinatorConfig,
+    read_config,
+)
 from fedia3.coordinator.directory import Token, open_directory
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.tokens import new_token, token_sha256
@@ -51,6 +57,13 @@ grpc_port = {grpc_port}
 fleet_port = {fleet_port}
 # Flower's SuperLink, always on 127.0.0.1. Never open it: it asks nobody who they are.
 superlink_port = {superlink_port}
+
+[registry]
+# Where versions, rounds, devices and tokens are kept: "" for registry/registry.db, or a PostgreSQL
+# database such as "postgresql://role@host/fedia3". Keep the password in ~/.pgpass, or the whole URL
+# in the environment variable FEDIA3_DATABASE_URL, which counts before this line. Adapters' bytes
+# are files in registry/blobs/ in any case.
+#database = ""
 
 [rounds]
 # Seconds from the end of a round to the start of the next; 0 runs them back to back.
@@ -106,13 +119,20 @@ def set_up(
     With ``force`` what an older coordinator kept there is moved into a folder inside: nothing is
     lost, but its devices are strangers to the new one.
 
+    Where the environment names a database, rows are kept there and the settings say so.
+
     Raises:
-        Conflict: the folder holds a coordinator already.
-        BadSetting: a setting is outside its range, or the folder cannot be written.
+        Conflict: the folder or the database holds a coordinator already.
+        BadSetting: a setting is outside its range, the folder cannot be written, or the database
+            not be opened.
         NotFound: there is no such base model.
         StorageFailed: the disk refused.
     """
-    text = _settings(setting)
+    if database := os.environ.get(DATABASE_VARIABLE):
+        from fedia3.coordinator.stores.copy import require_empty  # noqa: PLC0415  # SQLAlchemy
+
+        require_empty(database)
+    text = _settings(setting, database or None)
     _make_room(folder, now, force=force)
     write_private(folder / FILE_NAME, text.encode())
     config = read_config(folder)
@@ -209,13 +229,13 @@ def serving_alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _settings(setting: Setting) -> str:
+def _settings(setting: Setting, database: str | None) -> str:
     base = BaseStore().find(setting.base)
     manifest = read_manifest(base)
     bad = [host for host in setting.hosts if not host or any(c in host for c in ' "\\/\n')]
     if bad:
         raise BadSetting(f"a host is a name or an address, got {bad[0]!r}")
-    return SETTINGS.format(
+    text = SETTINGS.format(
         hosts=json.dumps(list(setting.hosts)),
         base=manifest.digest if _is_kept(manifest.digest) else base.resolve(),
         base_name=manifest.name,
@@ -224,6 +244,20 @@ def _settings(setting: Setting) -> str:
         fleet_port=setting.fleet_port,
         superlink_port=setting.superlink_port,
     )
+    if database is None:
+        return text
+    return text.replace('#database = ""', f"database = {json.dumps(_without_password(database))}")
+
+
+def _without_password(url: str) -> str:
+    """Which database it is, so that a start without the environment does not begin another one."""
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query)
+    if parts.password is None and "password" not in dict(query):
+        return url
+    user, at, host = parts.netloc.rpartition("@")
+    kept = urlencode([(key, value) for key, value in query if key != "password"])
+    return parts._replace(netloc=user.partition(":")[0] + at + host, query=kept).geturl()
 
 
 def _is_kept(digest: str) -> bool:
@@ -243,8 +277,8 @@ def _make_operator(config: CoordinatorConfig, now: datetime) -> None:
     """The operator's file, and in the directory only what checks it."""
     token, key = new_token("admin"), Ed25519PrivateKey.generate()
     expires_ms = int((now + OPERATOR_LASTS).timestamp() * 1000)
-    Registry.open(config.registry).close()
-    directory = open_directory(config.registry)
+    Registry.open(config.registry, config.database).close()
+    directory = open_directory(config.registry, config.database)
     try:
         directory.add_token(
             Token(

@@ -17,6 +17,7 @@ from fedia3.coordinator.records import (
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    checked_name,
 )
 from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, WrongBaseModel
 
@@ -37,6 +38,7 @@ class Store(Protocol):
         published first, so a client that lost the answer may ask again.
 
         Raises:
+            BadInput: the key is no name.
             Conflict: the key was used before, for other bytes.
             NotFound: ``draft.parent`` is no version of this owner on this base.
         """
@@ -202,6 +204,15 @@ def require_next_round(last: RoundRecord | None, commit: RoundCommit) -> None:
             f"round {last.round_num + 1} is next, got round {commit.round_num}; "
             "load the server state anew and go on from there"
         )
+
+
+def checked_key(idem_key: str | None) -> str | None:
+    """The idempotency key as it is kept, None where there is none.
+
+    Raises:
+        BadInput: it is not of 1 to 128 characters, or holds control characters.
+    """
+    return None if idem_key is None else checked_name(idem_key, "an idempotency key")
 
 
 def require_same_bytes(published: AdapterRecord, draft: AdapterDraft) -> AdapterRecord:

@@ -1,6 +1,7 @@
 """Made once for all tests: a toy base model, a few people's chats, and a finished small run."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test sees or touches the base models of whoever runs it."""
+    """No test sees or touches the base models or the database of whoever runs it."""
+    os.environ.pop("FEDIA3_DATABASE_URL", None)
     yield from _at_home(tmp_path_factory.mktemp("home"))
 
 

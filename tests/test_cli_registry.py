@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedia3 import cli
+from fedia3.coordinator.setup import serving_alone
 from fedia3.simulations.run import Run
 
 Command = Callable[..., int]
@@ -129,3 +130,51 @@ def test_a_yanked_version_is_marked_and_comes_back(
     assert fedia3("yank", newest, "--undo", "--at", own) == 0
     assert f"v{newest} now" in capfd.readouterr().out
     assert fedia3("yank", 99, "--at", own) == 4
+
+
+def test_a_registry_is_copied_once(
+    fedia3: Command, at: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    The copy's versions are the registry's; 5, a conflict, for a second copy into the same place.
+    """
+    copied = tmp_path / "registry.db"
+    assert fedia3("copy", "--at", at, "--to", f"sqlite:///{copied}", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["rows"] > 0
+    listed = []
+    for folder in (at, tmp_path):
+        assert fedia3("versions", "--at", folder, "--json") == 0
+        listed.append(capfd.readouterr().out)
+    assert listed[0] == listed[1]
+    assert fedia3("copy", "--at", at, "--to", f"sqlite:///{copied}") == 5
+    assert "name one that is empty" in capfd.readouterr().err
+
+
+def test_a_coordinators_registry_is_where_its_settings_say(
+    fedia3: Command, at: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    With a database in the settings that one is read, whatever lies in the folder.
+    """
+    assert fedia3("copy", "--at", at, "--to", f"sqlite:///{tmp_path}/other.db") == 0
+    (tmp_path / "coordinator.toml").write_text(
+        '[coordinator]\nhosts = ["a"]\nbase = "tiny"\n'
+        f'[registry]\ndatabase = "sqlite:///{tmp_path}/other.db"\n'
+    )
+    capfd.readouterr()
+    assert fedia3("versions", "--at", tmp_path) == 0
+    assert "v1 " in capfd.readouterr().out
+
+
+def test_a_running_coordinators_registry_is_not_copied(
+    fedia3: Command, at: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    What it writes meanwhile would be missing: 5, and the word to stop it.
+    """
+    shutil.copytree(at, tmp_path / "registry")
+    (tmp_path / "coordinator.toml").write_text("")
+    with serving_alone(tmp_path):
+        assert fedia3("copy", "--at", tmp_path, "--to", f"sqlite:///{tmp_path}/other.db") == 5
+    assert "stop it" in capfd.readouterr().err
+    assert not (tmp_path / "other.db").exists()

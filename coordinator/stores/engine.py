@@ -1,23 +1,30 @@
-"""The database that lasts: SQLAlchemy on one SQLite file, whose tables several stores share.
+"""The database that lasts, whose tables several stores share: an SQLite file, or PostgreSQL.
 
 SQLite is used the way that loses nothing: a write-ahead log flushed at every commit, writers that
 take the write lock before they read (a transaction that reads first and then writes fails under
 load, whatever the busy timeout), and readers on connections that cannot write.
+
+PostgreSQL has no such lock. There a writer says what it writes about, and waits for whoever else
+writes about the same: :mod:`fedia3.coordinator.stores.postgres`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import NullPool, QueuePool
 
 from fedia3.coordinator.migrations import migrate
+from fedia3.coordinator.stores.postgres import GaveWay, Postgres
 from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt, Fedia3Error, StorageFailed
 
 # The timeout comes first: the statements after it may have to wait for another process.
@@ -27,6 +34,12 @@ _DURABLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
 _WRITER = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = ON", "PRAGMA secure_delete = ON")
 _READER = (_WAIT, "PRAGMA query_only = ON")
 _MIGRATOR = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = OFF")
+
+_TRIES = 4  # of a call that PostgreSQL gives up for another one's sake
+_PAUSE_S = 0.02  # before the second try, at most; doubled before each further one
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
 
 
 class Table(DeclarativeBase):
@@ -43,22 +56,32 @@ class Table(DeclarativeBase):
 
 
 class Database:
-    """One file's transactions. Opening creates the tables, or brings an older schema up to date.
+    """One database's transactions. Opening creates the tables, or updates an older schema.
 
     Raises:
-        BadSetting: the URL is not SQLite's, or the file cannot be opened.
+        BadSetting: the URL names no SQLite file and no PostgreSQL database, or one that cannot be
+            opened: a folder that is not there, a wrong password.
         BadInput: the file is no registry, or a newer fedia3 wrote it.
-        Conflict: another process kept the write lock for five seconds (any use may raise this).
+        Conflict: somebody else kept a lock for five seconds (any use may raise this).
         Corrupt: the database is damaged (any use may raise this).
+        StorageFailed: the disk refuses, or the server is away (any use may raise this).
     """
 
     def __init__(self, url: str | URL) -> None:
-        self._url = make_url(url)
-        if self._url.get_backend_name() != "sqlite" or not self._url.database:
-            raise BadSetting(
-                f"a registry is kept in an SQLite file, got {self._url.render_as_string()}"
-            )
-        _close_to_others(self._url.database)
+        self._url = _parsed(url)
+        self._postgres: Postgres | None = None
+        self._writer: Engine
+        self._reader: Engine
+        if self._url.get_backend_name() == "postgresql":
+            self._postgres = Postgres(self._url)
+            self._writer, self._reader = self._postgres.writer, self._postgres.reader
+            try:
+                self._migrate_postgres(self._postgres)
+            except BaseException:
+                self.close()
+                raise
+            return
+        _close_to_others(self._url.database or "")
         self._migrate()
         # One writing connection: this process's writers queue here instead of polling SQLite's
         # lock, which serves them in no order.
@@ -71,25 +94,32 @@ class Database:
         return URL.create("sqlite", database=str(path))
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """A transaction that holds the write lock from its start."""
-        with _translated(self._url), self._writer.begin() as connection:
+    def writing(self, about: str | None = None) -> Iterator[Connection]:
+        """A transaction in which nobody else writes, from its start.
+
+        Where it is said what it is ``about``, others may write about something else meanwhile, as
+        far as the database can do that: PostgreSQL can. What is read to decide on a change, and
+        what is changed, must then be changed under this name only, or under none.
+        """
+        with self._translated(), self._writer.begin() as connection:
+            if self._postgres is not None:
+                self._postgres.take_turn(connection, about)
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the file and cannot change it."""
-        with _translated(self._url), self._reader.begin() as connection:
+        """A transaction that sees one state of the database and cannot change it."""
+        with self._translated(), self._reader.begin() as connection:
             yield connection
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, or of the server."""
         self._reader.dispose()
         self._writer.dispose()
 
     def _migrate(self) -> None:
         engine = _engine(self._url, _MIGRATOR, "BEGIN IMMEDIATE", size=None)
-        with _translated(self._url), engine.begin() as connection:
+        with self._translated(), engine.begin() as connection:
             migrate(connection)
             # Foreign keys are off on this connection, so nothing else would notice.
             if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all():
@@ -97,6 +127,67 @@ class Database:
                     f"{self._url.database} has {len(broken)} rows that refer to nothing, first "
                     f"in table {broken[0][0]}; restore it from a backup"
                 )
+
+    def _migrate_postgres(self, server: Postgres) -> None:
+        with self._translated(), server.writer.begin() as connection:
+            server.prepare_to_migrate(connection)
+            migrate(connection)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The database's errors in our words."""
+        try:
+            yield
+        except PoolTimeout as error:
+            name = self._postgres.name if self._postgres else self._url.database
+            raise Conflict(f"{name} was busy for 30 seconds; try again") from error
+        except DBAPIError as error:
+            if self._postgres is not None:
+                raise self._postgres.in_our_words(error) from error
+            raise _in_our_words(self._url, error) from error
+
+
+def retried(call: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """A call of one transaction, run again a few times where PostgreSQL gives it up for another."""
+
+    @wraps(call)
+    def tried(*args: Arguments.args, **options: Arguments.kwargs) -> Answer:
+        for attempt in range(_TRIES - 1):
+            try:
+                return call(*args, **options)
+            except GaveWay:
+                time.sleep(random.uniform(0, _PAUSE_S * 2**attempt))
+        return call(*args, **options)
+
+    return tried
+
+
+def findable(text: str) -> str:
+    """What to look for: no row has a NUL in its text, and PostgreSQL takes none, so neither do we.
+
+    The empty text stands for it; nothing that is looked up has that for a name.
+    """
+    return "" if "\0" in text else text
+
+
+def _parsed(url: str | URL) -> URL:
+    """The URL, once it names a database that we can use; its password is never shown.
+
+    Raises:
+        BadSetting: it does not.
+    """
+    expected = (
+        "a registry is kept in an SQLite file or in PostgreSQL, as sqlite:////folder/registry.db "
+        "or postgresql://role@host/database"
+    )
+    try:
+        made = make_url(url)
+    except (ArgumentError, ValueError):  # whose words may hold a part of the password
+        raise BadSetting(f"{expected}; the URL given is none") from None
+    kind = made.drivername.partition("+")[0]
+    if kind not in ("sqlite", "postgresql", "postgres") or not made.database:
+        raise BadSetting(f"{expected}; got one of kind {kind!r}, database {made.database!r}")
+    return made.set(drivername="postgresql+psycopg") if kind.startswith("postgres") else made
 
 
 def _close_to_others(database: str) -> None:
@@ -125,17 +216,6 @@ def _engine(url: URL, settings: Sequence[str], begin: str, size: int | None) -> 
         connection.exec_driver_sql(begin)
 
     return engine
-
-
-@contextmanager
-def _translated(url: URL) -> Iterator[None]:
-    """The database's errors in our words."""
-    try:
-        yield
-    except PoolTimeout as error:
-        raise Conflict(f"{url.database} was busy for 30 seconds; try again") from error
-    except DBAPIError as error:
-        raise _in_our_words(url, error) from error
 
 
 def _in_our_words(url: URL, error: DBAPIError) -> Fedia3Error:

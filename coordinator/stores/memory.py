@@ -16,6 +16,7 @@ from fedia3.coordinator.records import (
     RoundRecord,
 )
 from fedia3.coordinator.store import (
+    checked_key,
     next_event,
     no_alias,
     no_digest,
@@ -61,6 +62,7 @@ class MemoryStore:
         self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
+        idem_key = checked_key(idem_key)
         with self._lock:
             published = self._line(draft.owner, draft.base).by_key.get(idem_key or "")
             if published is not None:

@@ -43,6 +43,7 @@ from fedia3.coordinator.records import (
     metrics_to_json,
 )
 from fedia3.coordinator.store import (
+    checked_key,
     next_event,
     no_alias,
     no_digest,
@@ -53,10 +54,12 @@ from fedia3.coordinator.store import (
     require_same_bytes,
     require_user,
 )
-from fedia3.coordinator.stores.engine import Database, Table
+from fedia3.coordinator.stores.engine import Database, Table, findable, retried
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+# As SQLite compares text; PostgreSQL would go by its database's language.
+BY_CODE_POINT = String(128).with_variant(String(128, collation="C"), "postgresql")
 
 
 class AdapterRow(Table):
@@ -67,7 +70,7 @@ class AdapterRow(Table):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     owner_kind: Mapped[str] = mapped_column(String(16))
-    owner_name: Mapped[str] = mapped_column(String(128))  # "" for everyone: NULLs are not unique
+    owner_name: Mapped[str] = mapped_column(BY_CODE_POINT)  # "" for everyone: NULLs are not unique
     base: Mapped[str] = mapped_column(String(64))
     next_version: Mapped[int]
     revision: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -129,7 +132,7 @@ class AliasEventRow(Table):
     adapter_id: Mapped[int] = mapped_column(
         ForeignKey("adapter.id", ondelete="RESTRICT"), primary_key=True
     )
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    name: Mapped[str] = mapped_column(BY_CODE_POINT, primary_key=True)
     rev: Mapped[int] = mapped_column(primary_key=True)
     version: Mapped[int | None]  # None: it points at nothing any more
     actor: Mapped[str] = mapped_column(String(128))
@@ -187,6 +190,9 @@ class StateRow(Table):
 class SqlStore:
     """The store in a database; see :class:`fedia3.coordinator.store.Store`.
 
+    Whoever writes writes about one owner, so an owner's numbers and keys are decided on one after
+    another, and rounds, which are everyone's, as well. Publishes of two owners do not wait.
+
     Its errors are :class:`fedia3.coordinator.stores.engine.Database`'s.
     """
 
@@ -198,20 +204,23 @@ class SqlStore:
         """The store in this file, created where there is none."""
         return cls(Database.url_of(path))
 
+    @retried
     def publish(
         self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
-        with self._database.writing() as connection:
+        idem_key = checked_key(idem_key)
+        with self._database.writing(str(draft.owner)) as connection:
             if idem_key is not None:
                 published = _by_key(connection, draft, idem_key)
                 if published is not None:
                     return require_same_bytes(published, draft)
             return _append(connection, draft, at, idem_key)[1]
 
+    @retried
     def commit_round(self, commit: RoundCommit, at: datetime) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.commit_round`."""
-        with self._database.writing() as connection:
+        with self._database.writing(str(commit.draft.owner)) as connection:
             require_next_round(_latest_round(connection), commit)
             adapter_id, record = _append(connection, commit.draft, at, idem_key=None)
             connection.execute(
@@ -254,7 +263,7 @@ class SqlStore:
 
     def find_digest(self, owner: Owner, base: str, digest: str) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.find_digest`."""
-        query = _select_versions(owner, base).where(VersionRow.digest == digest).limit(1)
+        query = _select_versions(owner, base).where(VersionRow.digest == findable(digest)).limit(1)
         with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
@@ -283,11 +292,12 @@ class SqlStore:
         with self._database.reading() as connection:
             return frozenset(connection.scalars(query))
 
+    @retried
     def erase(self, owner: Owner, base: str | None = None) -> int:
         """See :meth:`fedia3.coordinator.store.Store.erase`."""
         require_user(owner)
         lines = _line_ids(owner, base)
-        with self._database.writing() as connection:
+        with self._database.writing(str(owner)) as connection:
             for table in (YankRow, AliasEventRow):
                 connection.execute(delete(table).where(table.adapter_id.in_(lines)))
             erased = connection.execute(delete(VersionRow).where(VersionRow.adapter_id.in_(lines)))
@@ -334,10 +344,11 @@ class SqlStore:
         with self._database.reading() as connection:
             return connection.execute(query).scalar_one_or_none() or 0
 
+    @retried
     def yank(self, owner: Owner, base: str, version: int) -> None:
         """See :meth:`fedia3.coordinator.store.Store.yank`."""
-        with self._database.writing() as connection:
-            adapter_id = _locked_line(connection, owner, base)
+        with self._database.writing(str(owner)) as connection:
+            adapter_id = _line_id(connection, owner, base)
             record = _find(connection, owner, base, version)
             if not record.yanked:
                 require_no_alias(record, _current_aliases(connection, owner, base))
@@ -346,10 +357,11 @@ class SqlStore:
                 )
                 _note_change(connection, adapter_id)
 
+    @retried
     def unyank(self, owner: Owner, base: str, version: int) -> None:
         """See :meth:`fedia3.coordinator.store.Store.unyank`."""
-        with self._database.writing() as connection:
-            adapter_id = _locked_line(connection, owner, base)
+        with self._database.writing(str(owner)) as connection:
+            adapter_id = _line_id(connection, owner, base)
             record = _find(connection, owner, base, version)
             if record.yanked:
                 connection.execute(
@@ -359,13 +371,14 @@ class SqlStore:
                 )
                 _note_change(connection, adapter_id)
 
+    @retried
     def move_alias(
         self, move: AliasMove, at: datetime, expected_rev: int | None = None
     ) -> AliasEvent:
         """See :meth:`fedia3.coordinator.store.Store.move_alias`."""
         owner, base, record = move.owner, move.base, None
-        with self._database.writing() as connection:
-            adapter_id = _locked_line(connection, owner, base)
+        with self._database.writing(str(owner)) as connection:
+            adapter_id = _line_id(connection, owner, base)
             if move.version is not None:
                 record = _find(connection, owner, base, move.version)
             events = _select_events(owner, base, move.name).limit(1)
@@ -467,9 +480,9 @@ def _take_version(connection: Connection, owner: Owner, base: str) -> tuple[int,
     return new_id, 1
 
 
-def _locked_line(connection: Connection, owner: Owner, base: str) -> int:
-    """The id of the owner's line, which nobody else changes until this transaction ends."""
-    query = select(AdapterRow.id).where(*_is_line(owner, base)).with_for_update()
+def _line_id(connection: Connection, owner: Owner, base: str) -> int:
+    """The id of the owner's line on this base."""
+    query = select(AdapterRow.id).where(*_is_line(owner, base))
     adapter_id = connection.execute(query).scalar_one_or_none()
     if adapter_id is None:
         raise no_version(owner, base, None)
@@ -539,14 +552,14 @@ def _line_ids(owner: Owner, base: str | None) -> Select[int]:
     query = select(AdapterRow.id).where(
         AdapterRow.owner_kind == owner.kind, AdapterRow.owner_name == owner.name
     )
-    return query if base is None else query.where(AdapterRow.base == base)
+    return query if base is None else query.where(AdapterRow.base == findable(base))
 
 
 def _is_line(owner: Owner, base: str) -> tuple[Any, ...]:  # Any: SQLAlchemy's own conditions
     return (
         AdapterRow.owner_kind == owner.kind,
         AdapterRow.owner_name == owner.name,
-        AdapterRow.base == base,
+        AdapterRow.base == findable(base),
     )
 
 
@@ -579,7 +592,7 @@ def _select_events(owner: Owner, base: str, name: str | None = None) -> Select[A
         .where(*_is_line(owner, base))
         .order_by(AliasEventRow.name, AliasEventRow.rev.desc())
     )
-    return query if name is None else query.where(AliasEventRow.name == name)
+    return query if name is None else query.where(AliasEventRow.name == findable(name))
 
 
 _HAS_VERSIONS = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id).exists()

@@ -40,7 +40,9 @@ from fedia3.coordinator.directory import (
     require_known_token,
 )
 from fedia3.coordinator.store import require_positive
-from fedia3.coordinator.stores.engine import Database, Table
+from fedia3.coordinator.stores.engine import Database, Table, findable, retried
+
+_DIRECTORY = "the directory"  # its writers come one after another
 
 
 class DeviceRow(Table):
@@ -109,6 +111,8 @@ class RoundControlRow(Table):
 class SqlDirectory:
     """The directory in a database; see :class:`fedia3.coordinator.directory.Directory`.
 
+    All that it writes is about the directory, so its changes are decided on one after another.
+
     Its errors are :class:`fedia3.coordinator.stores.engine.Database`'s.
     """
 
@@ -120,10 +124,11 @@ class SqlDirectory:
         """The directory in this file, created where there is none."""
         return cls(Database.url_of(path))
 
+    @retried
     def add_invite(self, invite: Invite) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.add_invite`."""
         long_over = invite.expires_ms - INVITE_KEPT_MS
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             connection.execute(delete(InviteRow).where(InviteRow.expires_ms <= long_over))
             connection.execute(insert(InviteRow).values(_invite_values(invite)))
 
@@ -132,9 +137,10 @@ class SqlDirectory:
         with self._database.reading() as connection:
             return require_invite(_find_invite(connection, code_sha256), now_ms)
 
+    @retried
     def enrol(self, invite: Invite, device: Device, token: Token, now_ms: int) -> Device:
         """See :meth:`fedia3.coordinator.directory.Directory.enrol`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             kept = require_invite(_find_invite(connection, invite.code_sha256), now_ms)
             enrolled = enrolled_before(kept, device, _alike(connection, device))
             if enrolled is None:
@@ -149,9 +155,10 @@ class SqlDirectory:
             )
             return enrolled
 
+    @retried
     def add_token(self, token: Token) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.add_token`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             if token.kind == "device":
                 device = _find_device(connection, token.principal)
                 if device is None or device.revoked_ms is not None:
@@ -169,12 +176,13 @@ class SqlDirectory:
             device = _find_device(connection, token.principal) if token else None
         return require_known_token(token, device, token_sha256, now_ms)
 
+    @retried
     def use_nonce(self, principal: str, nonce: bytes, expires_ms: int, now_ms: int) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.use_nonce`."""
         used = select(NonceRow.expires_ms).where(
             NonceRow.principal == principal, NonceRow.nonce == nonce
         )
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             connection.execute(delete(NonceRow).where(NonceRow.expires_ms <= now_ms))
             if connection.execute(used).one_or_none() is not None:
                 raise replayed()
@@ -203,17 +211,19 @@ class SqlDirectory:
             rows = connection.execute(query.order_by(DeviceRow.number)).all()
         return tuple(_device(row) for row in rows)
 
+    @retried
     def revoke(self, device_id: str, now_ms: int) -> Device:
         """See :meth:`fedia3.coordinator.directory.Directory.revoke`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             connection.execute(
                 update(DeviceRow)
-                .where(DeviceRow.device_id == device_id, DeviceRow.revoked_ms.is_(None))
+                .where(DeviceRow.device_id == findable(device_id), DeviceRow.revoked_ms.is_(None))
                 .values(revoked_ms=now_ms)
             )
             _end_tokens(connection, device_id)
             return _require_device(connection, device_id)
 
+    @retried
     def saw(self, device_ids: Sequence[str], now_ms: int) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.saw`."""
         if not device_ids:
@@ -223,34 +233,38 @@ class SqlDirectory:
             .where(DeviceRow.device_id == bindparam("seen_id"))
             .values(last_seen_ms=now_ms)
         )
-        with self._database.writing() as connection:
-            connection.execute(seen, [{"seen_id": device_id} for device_id in device_ids])
+        with self._database.writing(_DIRECTORY) as connection:
+            connection.execute(seen, [{"seen_id": findable(device_id)} for device_id in device_ids])
 
     def round_control(self) -> RoundControl:
         """See :meth:`fedia3.coordinator.directory.Directory.round_control`."""
         with self._database.reading() as connection:
             return _control(connection)
 
+    @retried
     def set_paused(self, paused: bool) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.set_paused`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             _set_control(connection, replace(_control(connection), paused=paused))
 
+    @retried
     def request_run(self, now_ms: int) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.request_run`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             _set_control(connection, replace(_control(connection), run_requested_ms=now_ms))
 
+    @retried
     def run_started(self, requested_ms: int) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.run_started`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             control = _control(connection)
             if control.run_requested_ms is not None and control.run_requested_ms <= requested_ms:
                 _set_control(connection, replace(control, run_requested_ms=None))
 
+    @retried
     def open_round(self, opened: OpenRound | None) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.open_round`."""
-        with self._database.writing() as connection:
+        with self._database.writing(_DIRECTORY) as connection:
             _set_control(connection, replace(_control(connection), open_round=opened))
 
     def close(self) -> None:
@@ -279,7 +293,7 @@ def _alike(connection: Connection, device: Device) -> list[Device]:
 
 
 def _find_device(connection: Connection, device_id: str) -> Device | None:
-    query = select(DeviceRow.__table__).where(DeviceRow.device_id == device_id)
+    query = select(DeviceRow.__table__).where(DeviceRow.device_id == findable(device_id))
     row = connection.execute(query).one_or_none()
     return None if row is None else _device(row)
 
@@ -291,7 +305,7 @@ def _require_device(connection: Connection, device_id: str) -> Device:
 
 
 def _number_of(connection: Connection, device_id: str) -> int:
-    query = select(DeviceRow.number).where(DeviceRow.device_id == device_id)
+    query = select(DeviceRow.number).where(DeviceRow.device_id == findable(device_id))
     if (number := connection.execute(query).scalar_one_or_none()) is None:
         raise no_device(device_id)
     return number
@@ -303,12 +317,12 @@ def _insert_token(connection: Connection, token: Token) -> None:
 
 def _end_tokens(connection: Connection, device_id: str) -> None:
     connection.execute(
-        delete(TokenRow).where(TokenRow.kind == "device", TokenRow.principal == device_id)
+        delete(TokenRow).where(TokenRow.kind == "device", TokenRow.principal == findable(device_id))
     )
 
 
 def _keep_last_tokens(connection: Connection, device_id: str) -> None:
-    of_device = (TokenRow.kind == "device", TokenRow.principal == device_id)
+    of_device = (TokenRow.kind == "device", TokenRow.principal == findable(device_id))
     by_end = select(TokenRow.sha256).where(*of_device).order_by(TokenRow.expires_ms.desc())
     kept = by_end.limit(TOKENS_OF_A_DEVICE)
     connection.execute(delete(TokenRow).where(*of_device, TokenRow.sha256.not_in(kept)))

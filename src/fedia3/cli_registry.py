@@ -1,5 +1,6 @@
 """``fedia3 registry``: what a registry holds, for who looks after it, on the machine it lies on."""
 
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -179,17 +180,58 @@ def yank(
         out.print(f"the latest is v{registry.find(owner, base).version} now")
 
 
+@registry_app.command()
+def copy(
+    to: Annotated[
+        str,
+        typer.Option(
+            help="An empty database, as postgresql://role@host/database.",
+            envvar="FEDIA3_DATABASE_URL",
+            show_envvar=True,
+        ),
+    ],
+    at: At = Path(),
+    as_json: Json = False,
+) -> None:
+    """Copy what registry.db holds into another database: versions, rounds, devices, tokens.
+
+    Numbers stay as they are, and so do the adapters' bytes in blobs/. A coordinator has to be
+    stopped; it uses the new database once its settings name it.
+    """
+    from fedia3.coordinator.setup import serving_alone  # noqa: PLC0415  # --help stays fast
+    from fedia3.coordinator.stores import copy as copying  # noqa: PLC0415  # as above
+    from fedia3.coordinator.stores.engine import Database  # noqa: PLC0415  # as above
+
+    folder = _folder(at)
+    is_coordinators = (folder.parent / "coordinator.toml").is_file()
+    with serving_alone(folder.parent) if is_coordinators else nullcontext():
+        rows = copying.copy(Database.url_of(folder / "registry.db"), to)
+    if as_json:
+        print_json({"rows": rows})
+        return
+    out.print(
+        f"copied {rows} rows; keep {escape(str(folder / 'blobs'))} where it is", soft_wrap=True
+    )
+
+
 def open_registry(at: Path) -> "Registry":
-    """The registry in this folder, or in ``registry/`` below it; none is made.
+    """The registry of the coordinator in this folder, or that lies in it or in ``registry/`` below.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none; none is made.
     """
-    from fedia3.coordinator.registry import Registry  # noqa: PLC0415  # --help stays fast
+    from fedia3.coordinator.config import read_config  # noqa: PLC0415  # --help stays fast
+    from fedia3.coordinator.registry import Registry  # noqa: PLC0415  # as above
 
+    if (at / "coordinator.toml").is_file() and (config := read_config(at)).database:
+        return Registry.open(config.registry, config.database)
+    return Registry.open(_folder(at))
+
+
+def _folder(at: Path) -> Path:
     for folder in (at, at / "registry"):
         if (folder / "registry.db").is_file():
-            return Registry.open(folder)
+            return folder
     raise NotFound(
         f"no registry in {at}: name a coordinator's folder, a run's seed-N folder or a folder "
         "with registry.db in it by --at"

@@ -99,3 +99,18 @@ def test_a_run_holds_many_rounds_only_where_no_pause_lies_between(
     A Flower run takes seconds to start, and one that waits for an hour holds a process for it.
     """
     assert config_of(f"{LEAST}[rounds]\n{rounds}\n", tmp_path).rounds.run_length == length
+
+
+def test_the_environment_names_the_database_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A URL with a password need not stand in the file, and is not shown with the settings.
+    """
+    text = LEAST + '[registry]\ndatabase = "postgresql://fedia3@db/fedia3"\n'
+    assert config_of(LEAST, tmp_path).database is None
+    assert config_of(text, tmp_path).database == "postgresql://fedia3@db/fedia3"
+    monkeypatch.setenv("FEDIA3_DATABASE_URL", "postgresql://fedia3:secret@db/other")
+    config = config_of(text, tmp_path)
+    assert config.database == "postgresql://fedia3:secret@db/other"
+    assert "secret" not in repr(config)

@@ -1,6 +1,6 @@
 """What every directory promises; a new backend joins the ``directory`` fixture and passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,22 @@ LATER = NOW + 600_000
 INVITE = Invite(b"code".rjust(32), "anna", LATER, b"challenge".rjust(32))
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """Where rows are kept: None for the folder's own file, else an empty PostgreSQL database."""
+    return None if request.param == "sqlite" else str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Directory]:
     """An empty directory of each kind."""
-    opened = MemoryDirectory() if request.param == "memory" else open_directory(tmp_path)
+    opened: Directory
+    if request.param == "memory":
+        opened = MemoryDirectory()
+    elif request.param == "sqlite":
+        opened = open_directory(tmp_path)
+    else:
+        opened = open_directory(tmp_path, request.getfixturevalue("postgres_url"))
     yield opened
     opened.close()
 
@@ -421,17 +433,66 @@ def test_a_device_has_a_sound_name_and_key() -> None:
         replace(device(), signing_key=b"short")
 
 
-def test_a_directory_survives_reopening(tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_kept_is_not_found(directory: Directory) -> None:
+    """
+    A NUL, which some databases cannot hold, is in no device's id.
+    """
+    for find in (
+        lambda: directory.device("a\0b"),
+        lambda: directory.revoke("a\0b", NOW),
+        lambda: directory.devices(after="a\0b"),
+    ):
+        with pytest.raises(NotFound, match=r"no device 'a.x00b'"):
+            find()
+    directory.saw(["a\0b"], NOW)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: replace(device(), device_id="a\0b"),
+        lambda: replace(token(), principal="a\0b"),
+        lambda: replace(INVITE, user="a\0b"),
+    ],
+)
+def test_a_text_that_cannot_be_kept_is_not_taken(make: Callable[[], object]) -> None:
+    """
+    Ids and names with a NUL are refused before they reach a directory.
+    """
+    with pytest.raises(BadInput, match="control characters"):
+        make()
+
+
+def test_many_threads_enrol_many_devices(directory: Directory) -> None:
+    """
+    Eight threads enrol 24 devices at once, renew tokens and are seen; all are there, in one order.
+    """
+
+    def join(number: int) -> str:
+        joined = enrolled(directory, number)
+        directory.add_token(replace(token(100 + number), principal=joined.device_id))
+        directory.saw([joined.device_id], NOW + number)
+        return joined.device_id
+
+    with ThreadPoolExecutor(8) as pool:
+        joined = set(pool.map(join, range(1, 25)))
+    listed = [d.device_id for d in directory.devices(limit=100)]
+    assert set(listed) == joined
+    assert [d.device_id for d in directory.devices(after=listed[9], limit=5)] == listed[10:15]
+    assert all(d.last_seen_ms == NOW + int(d.device_id, 16) for d in directory.enrolled())
+
+
+def test_a_directory_survives_reopening(tmp_path: Path, database: str | None) -> None:
     """
     Devices, tokens, nonces and the operator's word are there after a restart, beside the registry.
     """
-    directory = open_directory(tmp_path)
+    directory = open_directory(tmp_path, database)
     first = enrolled(directory)
     directory.use_nonce("phone", b"n" * 16, LATER, NOW)
     directory.open_round(OpenRound(3, (first.device_id,), LATER))
     directory.close()
-    Registry.open(tmp_path).close()
-    again = open_directory(tmp_path)
+    Registry.open(tmp_path, database).close()
+    again = open_directory(tmp_path, database)
     assert again.enrolled() == (first,)
     assert again.principal(token().sha256, NOW).user == "anna"
     assert again.round_control().open_round == OpenRound(3, (first.device_id,), LATER)
@@ -440,12 +501,12 @@ def test_a_directory_survives_reopening(tmp_path: Path) -> None:
     again.close()
 
 
-def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+def test_two_processes_share_a_directory(tmp_path: Path, database: str | None) -> None:
     """
-    Two directories on one file, as the service and the proxy have them: what one shuts out the
+    Two directories on one database, as the service and the proxy have them: what one shuts out the
     other does not know any more, and of two uses of one nonce one passes.
     """
-    one, other = open_directory(tmp_path), open_directory(tmp_path)
+    one, other = open_directory(tmp_path, database), open_directory(tmp_path, database)
     first = enrolled(one)
     assert other.principal(token().sha256, NOW).name == first.device_id
 

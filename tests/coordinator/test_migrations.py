@@ -1,9 +1,14 @@
 """The database's schema: made by migrations alone, kept by triggers, moved without losing rows."""
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,13 +16,14 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, insert, inspect
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import NullPool
 
 from fedia3.coordinator.migrations import VERSION_TABLE, alembic_config, current_revision, migrate
 from fedia3.coordinator.records import AdapterDraft, AliasMove, Contribution, Owner, RoundCommit
 from fedia3.coordinator.stores.engine import Table
-from fedia3.coordinator.stores.sql import SqlStore
+from fedia3.coordinator.stores.sql import AdapterRow, SqlStore, VersionRow
 from fedia3.coordinator.stores.sql_directory import SqlDirectory
 from fedia3.errors import BadInput, BadSetting, Conflict, Corrupt
 
@@ -39,6 +45,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "registry.db"
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{path}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
 def round_zero() -> RoundCommit:
     """A round with one contribution: a row for every table."""
     draft = AdapterDraft(
@@ -55,9 +69,15 @@ def round_zero() -> RoundCommit:
 
 @contextmanager
 def connected(path: Path) -> Iterator[Connection]:
+    """A transaction on a file with none of the store's settings."""
+    with connected_to(f"sqlite:///{path}") as connection:
+        yield connection
+
+
+@contextmanager
+def connected_to(url: str) -> Iterator[Connection]:
     """A transaction with none of the store's settings."""
-    engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
-    with engine.begin() as connection:
+    with create_engine(url, poolclass=NullPool).begin() as connection:
         yield connection
 
 
@@ -68,24 +88,37 @@ def opened_with_a_round(path: Path) -> SqlStore:
     return store
 
 
-def test_the_migrations_build_what_the_models_say(path: Path) -> None:
+def test_the_migrations_build_what_the_models_say(url: str) -> None:
     """
     A database made by the migrations differs in nothing from the declared tables.
     """
-    SqlStore.at(path).close()
-    with connected(path) as connection:
+    SqlStore(url).close()
+    with connected_to(url) as connection:
         options = {"version_table": VERSION_TABLE, "compare_server_default": True}
         found = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(found, Table.metadata) == []
 
 
-def test_the_version_table_is_our_own(path: Path) -> None:
+def test_names_are_ordered_by_code_point_on_every_server(postgres_url: str) -> None:
+    """
+    PostgreSQL's column of owners' names has the collation "C", and so has the model's.
+    """
+    SqlStore(postgres_url).close()
+    with connected_to(postgres_url) as connection:
+        (name,) = [
+            c for c in inspect(connection).get_columns("adapter") if c["name"] == "owner_name"
+        ]
+        declared = AdapterRow.__table__.c.owner_name.type.dialect_impl(connection.dialect)
+    assert name["type"].collation == declared.collation == "C"
+
+
+def test_the_version_table_is_our_own(url: str) -> None:
     """
     Alembic's default table is left to others who share the database.
     """
-    SqlStore.at(path).close()
-    with closing(sqlite3.connect(path)) as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    SqlStore(url).close()
+    with connected_to(url) as connection:
+        tables = inspect(connection).get_table_names()
     assert VERSION_TABLE in tables
     assert "alembic_version" not in tables
 
@@ -114,6 +147,35 @@ def test_down_and_up_again_ends_at_the_same_schema(path: Path) -> None:
     assert after == before
 
 
+def test_down_and_up_again_ends_at_the_same_schema_on_a_server(postgres_url: str) -> None:
+    """
+    Downgrading removes tables, triggers and their function, upgrading brings all of them back.
+    """
+    everything = """
+        SELECT relname, relkind::text FROM pg_class
+            WHERE relnamespace = current_schema()::regnamespace
+        UNION SELECT proname, 'function' FROM pg_proc
+            WHERE pronamespace = current_schema()::regnamespace
+        UNION SELECT tgrelid::regclass || ' ' || tgname, 'trigger' FROM pg_trigger
+            JOIN pg_class ON pg_class.oid = tgrelid
+            WHERE NOT tgisinternal AND relnamespace = current_schema()::regnamespace
+    """
+    with connected_to(postgres_url) as connection:
+        migrate(connection)
+        before = {*connection.exec_driver_sql(everything)}
+        command.downgrade(alembic_config(connection), "base")
+        left = {name for name, _kind in connection.exec_driver_sql(everything)}
+        migrate(connection)
+        after = {*connection.exec_driver_sql(everything)}
+    assert left == {VERSION_TABLE, f"{VERSION_TABLE}_pkc"}
+    assert after == before
+    assert {name for name, kind in before if kind == "trigger"} >= {
+        "adapter_version adapter_version_immutable",
+        "contribution contribution_immutable",
+        "round round_immutable",
+    }
+
+
 def test_a_registry_of_the_first_schema_keeps_its_rows(path: Path) -> None:
     """
     A database that the first fedia3 filled is opened by this one: its round is there, and devices
@@ -130,15 +192,16 @@ def test_a_registry_of_the_first_schema_keeps_its_rows(path: Path) -> None:
     assert SqlDirectory.at(path).enrolled() == ()
 
 
-def test_going_back_to_the_first_schema_keeps_the_registry(path: Path) -> None:
+def test_going_back_to_the_first_schema_keeps_the_registry(url: str) -> None:
     """
     Downgrading one step drops the directory's tables and no row of the registry's.
     """
-    opened_with_a_round(path).close()
-    with connected(path) as connection:
+    with closing(SqlStore(url)) as store:
+        store.commit_round(round_zero(), NOON)
+    with connected_to(url) as connection:
         command.downgrade(alembic_config(connection), "0001")
         assert connection.exec_driver_sql("SELECT count(*) FROM round").scalar() == 1
-        names = connection.exec_driver_sql("SELECT name FROM sqlite_master").scalars().all()
+        names = inspect(connection).get_table_names()
     assert not {"device", "token", "invite", "nonce", "round_control"} & set(names)
 
 
@@ -150,16 +213,16 @@ def test_opening_again_keeps_the_rows(path: Path) -> None:
     assert SqlStore.at(path).server_state() == b"state"
 
 
-def test_a_newer_schema_is_refused(path: Path) -> None:
+def test_a_newer_schema_is_refused(url: str) -> None:
     """
     A database from a later fedia3 is left alone, and the error says to update.
     """
-    opened_with_a_round(path).close()
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    SqlStore(url).close()
+    with connected_to(url) as connection:
+        connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
     with pytest.raises(BadInput, match=r"schema 9999.*update fedia3"):
-        SqlStore.at(path)
-    with connected(path) as connection:
+        SqlStore(url)
+    with connected_to(url) as connection:
         assert current_revision(connection) == "9999"
 
 
@@ -183,36 +246,47 @@ def test_rows_that_refer_to_nothing_stop_the_opening(path: Path) -> None:
         "UPDATE alias_event SET version = NULL",
     ],
 )
-def test_what_is_recorded_never_changes(path: Path, statement: str) -> None:
+def test_what_is_recorded_never_changes(url: str, statement: str) -> None:
     """
     Versions, rounds, contributions and aliases' moves refuse every update, whoever asks.
     """
-    store = opened_with_a_round(path)
-    store.move_alias(AliasMove(owner=Owner.everyone(), base=ZERO, name="stable", version=1), NOON)
-    store.close()
+    move = AliasMove(owner=Owner.everyone(), base=ZERO, name="stable", version=1)
+    with closing(SqlStore(url)) as store:
+        store.commit_round(round_zero(), NOON)
+        store.move_alias(move, NOON)
     with (
-        closing(sqlite3.connect(path)) as database,
-        pytest.raises(sqlite3.IntegrityError, match="rows never change"),
+        pytest.raises(IntegrityError, match="rows never change"),
+        connected_to(url) as connection,
     ):
-        database.execute(statement)
+        connection.exec_driver_sql(statement)
 
 
-def test_a_commit_that_fails_at_its_last_step_leaves_nothing(path: Path) -> None:
+STOP = {
+    "sqlite": (
+        "CREATE TRIGGER stop BEFORE INSERT ON server_state BEGIN SELECT RAISE(ABORT, 'stop'); END",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "RAISE EXCEPTION 'stop' USING ERRCODE = 'integrity_constraint_violation'; END $$",
+        "CREATE TRIGGER stop BEFORE INSERT ON server_state FOR EACH ROW EXECUTE FUNCTION stop()",
+    ),
+}
+
+
+def test_a_commit_that_fails_at_its_last_step_leaves_nothing(url: str) -> None:
     """
     When writing the server state fails, version, round and contributions are gone as well.
     """
-    store = SqlStore.at(path)
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute(
-            "CREATE TRIGGER stop BEFORE INSERT ON server_state "
-            "BEGIN SELECT RAISE(ABORT, 'stop'); END"
-        )
-    with pytest.raises(Conflict, match="stop"):
-        store.commit_round(round_zero(), NOON)
-    with closing(sqlite3.connect(path)) as database:
-        tables = ("adapter", "adapter_version", "round", "contribution", "server_state")
-        counts = [database.execute(f"SELECT count(*) FROM {t}").fetchone() for t in tables]
-    assert counts == [(0,)] * 5
+    with closing(SqlStore(url)) as store:
+        with connected_to(url) as connection:
+            for statement in STOP[connection.dialect.name]:
+                connection.exec_driver_sql(statement)
+        with pytest.raises(Conflict, match="stop"):
+            store.commit_round(round_zero(), NOON)
+    tables = ("adapter", "adapter_version", "round", "contribution", "server_state")
+    with connected_to(url) as connection:
+        counts = [connection.exec_driver_sql(f"SELECT count(*) FROM {t}").scalar() for t in tables]
+    assert counts == [0] * 5
 
 
 def test_a_commit_is_flushed_before_it_is_acknowledged(path: Path) -> None:
@@ -246,10 +320,180 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         SqlStore.at(tmp_path / "nowhere" / "registry.db")
 
 
-@pytest.mark.parametrize("url", ["postgresql://host/name", "sqlite://"])
-def test_a_database_that_is_not_an_sqlite_file_is_refused(url: str) -> None:
+@pytest.mark.parametrize("url", ["mysql://host/name", "sqlite://", "postgresql://host"])
+def test_a_database_that_is_neither_file_nor_server_is_refused(url: str) -> None:
     """
-    Neither a server nor a database in memory is taken by this store.
+    Another kind of server, a database in memory and a server without a database are not taken.
     """
-    with pytest.raises(BadSetting, match="SQLite file"):
+    with pytest.raises(BadSetting, match="SQLite file or in PostgreSQL"):
         SqlStore(url)
+
+
+def test_a_database_that_is_opened_by_many_is_made_once(url: str) -> None:
+    """
+    Eight parts open a new database at once: one makes the tables, all of them find them.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _part: SqlStore(url), range(8)))
+    for store in stores:
+        assert store.rounds() == ()
+        store.close()
+
+
+MIGRATE_AND_STOP = """
+import sys
+from sqlalchemy import Engine, event
+from fedia3.coordinator.stores.sql import AdapterRow, SqlStore, VersionRow
+
+changes = 0
+
+@event.listens_for(Engine, "after_cursor_execute")
+def stop(connection, cursor, statement, *rest):
+    global changes
+    changes += statement.split()[0] in ("CREATE", "ALTER", "INSERT", "UPDATE", "DROP")
+    if changes == int(sys.argv[2]):
+        print("stopped", flush=True)
+        sys.stdin.read()  # until the kill
+
+SqlStore(sys.argv[1])
+print("through", flush=True)
+sys.stdin.read()
+"""
+
+
+def killed_while_migrating(url: str, changes: int) -> str:
+    """Open the database in a process that is killed behind so many changes; how far it came."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MIGRATE_AND_STOP, url, str(changes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline().strip()
+        process.kill()
+    return said
+
+
+@pytest.mark.slow
+def test_a_migration_that_is_killed_is_done_by_the_next_start(url: str) -> None:
+    """
+    A database of the schema before the newest is opened by processes that are killed behind one
+    change, two, and so on until one comes through: each leaves rows and schema as they were, and
+    the next start brings them up to date.
+    """
+    with closing(SqlStore(url)) as store:
+        store.commit_round(round_zero(), NOON)
+    with connected_to(url) as connection:
+        newest = current_revision(connection)
+        command.downgrade(alembic_config(connection), "-1")
+        before = current_revision(connection), content(connection)
+    for changes in count(1):
+        if killed_while_migrating(url, changes) == "through":
+            break
+        with connected_to(url) as connection:
+            assert (current_revision(connection), content(connection)) == before
+    assert changes > 1
+    with closing(SqlStore(url)) as store:
+        assert store.server_state() == b"state"
+    with connected_to(url) as connection:
+        assert current_revision(connection) == newest
+        assert (
+            compare_metadata(
+                MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}),
+                Table.metadata,
+            )
+            == []
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [1, 6, 12])
+def test_a_first_start_that_is_killed_is_done_by_the_next(url: str, changes: int) -> None:
+    """
+    Killed behind the first table, in the middle, and where the directory's tables are made: the
+    next start finds nothing, and makes all.
+    """
+    assert killed_while_migrating(url, changes) == "stopped"
+    with connected_to(url) as connection:
+        assert inspect(connection).get_table_names() == []
+    with closing(SqlStore(url)) as store:
+        assert store.rounds() == ()
+
+
+@pytest.mark.slow
+def test_a_large_registry_keeps_every_row_down_and_up(url: str) -> None:
+    """
+    100,000 versions of 1,000 users, half of them with keys, and a round: what the schema before
+    the newest holds of them is the same, byte for byte, after a downgrade and the way back.
+    """
+    with closing(SqlStore(url)) as store:
+        store.commit_round(round_zero(), NOON)
+    with connected_to(url) as connection:
+        connection.execute(insert(AdapterRow), [line(user) for user in range(1000)])
+        for user in range(1000):
+            connection.execute(insert(VersionRow), [version(user, n) for n in range(1, 101)])
+    with connected_to(url) as connection:
+        newest, columns = current_revision(connection), columns_of(connection)
+        command.downgrade(alembic_config(connection), "-1")
+        kept = columns_of(connection)
+        down = content(connection, kept)
+    SqlStore(url).close()
+    with connected_to(url) as connection:
+        assert current_revision(connection) == newest
+        assert columns_of(connection) == columns
+        assert content(connection, kept) == down
+        assert (
+            connection.exec_driver_sql("SELECT count(*) FROM adapter_version").scalar() == 100_001
+        )
+    with closing(SqlStore(url)) as store:
+        assert store.find(Owner.user("user 7"), ZERO).digest == version(7, 100)["digest"]
+
+
+def line(user: int) -> dict[str, object]:
+    """A user's line of versions on one base."""
+    return {
+        "id": 1000 + user,
+        "owner_kind": "user",
+        "owner_name": f"user {user}",
+        "base": ZERO,
+        "next_version": 101,
+    }
+
+
+def version(user: int, number: int) -> dict[str, object]:
+    """One of a user's versions; its bytes are nobody else's."""
+    return {
+        "adapter_id": 1000 + user,
+        "version": number,
+        "form": "personal",
+        "digest": f"{1000 * user + number:064x}",
+        "schema_digest": ZERO,
+        "round_num": number,
+        "num_examples": user,
+        "metrics": '{"loss":0.5}',
+        "parent": None,
+        "global_digest": ZERO,
+        "created_ms": 1_900_000_000_000 + number,
+        "idem_key": f"key {number}" if number % 2 else None,
+    }
+
+
+Columns = dict[str, list[str]]
+
+
+def columns_of(connection: Connection) -> Columns:
+    """The tables' columns, but for Alembic's own."""
+    found = inspect(connection)
+    names = sorted(set(found.get_table_names()) - {VERSION_TABLE})
+    return {name: sorted(c["name"] for c in found.get_columns(name)) for name in names}
+
+
+def content(connection: Connection, columns: Columns | None = None) -> str:
+    """A digest of every row, in these columns or in all there are."""
+    digest = sha256()
+    for table, names in (columns or columns_of(connection)).items():
+        rows = connection.exec_driver_sql(f"SELECT {', '.join(names)} FROM {table}")
+        for row in sorted(repr(tuple(row)) for row in rows):
+            digest.update(f"{table} {row}\n".encode())
+    return digest.hexdigest()

@@ -112,6 +112,41 @@ def test_the_commented_defaults_are_the_defaults(tmp_path: Path) -> None:
     assert config_of(told, tmp_path) == config_of(text, tmp_path)
 
 
+def test_a_coordinator_may_keep_its_rows_on_a_server(
+    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The database that the environment names knows the operator, the settings name it without its
+    password, and there is no file beside them.
+    """
+    before_host, host = postgres_url.split("@", 1)
+    url = f"{before_host.partition('://')[0]}://postgres:secret@{host}"
+    monkeypatch.setenv("FEDIA3_DATABASE_URL", url)
+    config = set_up(tmp_path, HERE, NOW)
+    token = json.loads(config.operator.read_text())["token"]
+    with contextlib.closing(open_directory(tmp_path / "other", url)) as directory:
+        assert directory.principal(token_sha256(token), NOW_MS).kind == "admin"
+    assert not list(config.registry.glob("registry.db*"))
+    assert "secret" not in config.file.read_text()
+    monkeypatch.delenv("FEDIA3_DATABASE_URL")
+    assert read_config(tmp_path).database == url.replace(":secret", "")
+
+
+def test_the_database_of_another_coordinator_is_not_taken(
+    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The older operator's token would open the new one; nothing is made, nothing moved aside.
+    """
+    monkeypatch.setenv("FEDIA3_DATABASE_URL", postgres_url)
+    set_up(tmp_path / "one", HERE, NOW)
+    for folder, force in (("one", True), ("other", False)):
+        with pytest.raises(Conflict, match="table token has rows; name one that is empty"):
+            set_up(tmp_path / folder, HERE, NOW, force=force)
+    assert not list(tmp_path.rglob("old-*"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_coordinator_is_not_overwritten(tmp_path: Path) -> None:
     """
     A second init says what is there and changes nothing.

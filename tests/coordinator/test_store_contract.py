@@ -27,10 +27,24 @@ BASE, OTHER_BASE = "b" * 64, "c" * 64
 EVERYONE, ANNA, BOB = Owner.everyone(), Owner.user("anna"), Owner.user("bob")
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/registry.db"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """An empty store of each kind."""
-    store = MemoryStore() if request.param == "memory" else SqlStore.at(tmp_path / "registry.db")
+    store: Store
+    if request.param == "memory":
+        store = MemoryStore()
+    elif request.param == "sqlite":
+        store = SqlStore.at(tmp_path / "registry.db")
+    else:
+        store = SqlStore(request.getfixturevalue("postgres_url"))
     yield store
     store.close()
 
@@ -460,15 +474,92 @@ def test_a_reader_never_sees_half_a_round(store: Store) -> None:
         assert reading.result() > 0
 
 
-def test_two_processes_may_write_to_one_database(tmp_path: Path) -> None:
+def test_of_calls_with_one_key_one_publishes(store: Store) -> None:
     """
-    Two stores on one file, as two processes have them, publish 25 times each: versions 1 to 50.
+    Four threads publish the same bytes under the same ten keys at once: ten versions, and each
+    thread is told the same of them.
+    """
+
+    def publish_all(_thread: int) -> list[AdapterRecord]:
+        return [store.publish(draft(ANNA, n), NOON, idem_key=str(n)) for n in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(publish_all, range(4)))
+    assert all(records == told[0] for records in told)
+    assert len(store.versions(ANNA, BASE)) == 10
+
+
+def test_rounds_and_publishes_outside_of_them_leave_no_gap(store: Store) -> None:
+    """
+    While ten rounds are committed, three threads publish ten global versions each: 1 to 40.
+    """
+
+    def publish_ten(thread: int) -> list[int]:
+        drafts = [draft(EVERYONE, 1000 * thread + n) for n in range(10)]
+        return [store.publish(d, NOON).version for d in drafts]
+
+    with ThreadPoolExecutor(3) as pool:
+        publishing = pool.map(publish_ten, (1, 2, 3))
+        versions = [store.commit_round(commit(n), NOON).version for n in range(10)]
+        versions += [v for published in publishing for v in published]
+    assert sorted(versions) == list(range(1, 41))
+
+
+def test_erasing_while_publishing_leaves_no_gap(store: Store) -> None:
+    """
+    Every version that was published was erased or is there, and no number was given twice.
+    """
+
+    def publish_twenty(_thread: int) -> list[int]:
+        return [store.publish(draft(ANNA, n), NOON).version for n in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        publishing = pool.map(publish_twenty, range(2))
+        erased = sum(store.erase(ANNA) for _ in range(10))
+        versions = sorted(v for published in publishing for v in published)
+    assert versions == list(range(1, 41))
+    assert erased + len(store.versions(ANNA, BASE)) == 40
+
+
+NUL = "a\0b"
+
+
+def test_a_text_that_cannot_be_kept_is_not_found(store: Store) -> None:
+    """
+    A NUL, which some databases cannot hold, is in no name: nothing is found under one.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    for find in (
+        lambda: store.find(ANNA, NUL),
+        lambda: store.find_digest(ANNA, BASE, NUL),
+    ):
+        with pytest.raises(NotFound):
+            find()
+    assert store.versions(ANNA, NUL) == ()
+    assert store.unshared(ANNA, NUL) == frozenset()
+    assert store.erase(ANNA, NUL) == 0
+
+
+def test_a_text_that_cannot_be_kept_is_not_taken(store: Store) -> None:
+    """
+    A key with a NUL is refused, and in a reason, which a stranger may have written, it is replaced.
+    """
+    with pytest.raises(BadInput, match="control characters"):
+        store.publish(draft(ANNA, 1), NOON, idem_key=NUL)
+    strange = Contribution("zoe", "rejected", reason=NUL)
+    store.commit_round(commit(0, contributions=(strange,)), NOON)
+    assert [c.reason for c in store.rounds()[0].contributions] == ["a?b"]
+
+
+def test_two_processes_may_write_to_one_database(url: str) -> None:
+    """
+    Two stores on one database, as two processes have them, publish 25 times each: versions 1 to 50.
 
     Publishing with a key reads before it writes, which is where SQLite refuses one of two.
     """
 
     def publish_some(number: int) -> list[int]:
-        store = SqlStore.at(tmp_path / "registry.db")
+        store = SqlStore(url)
         keys = [f"{number}-{n}" for n in range(25)]
         published = [store.publish(draft(ANNA, number), NOON, idem_key=key) for key in keys]
         store.close()

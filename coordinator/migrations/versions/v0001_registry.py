@@ -3,10 +3,13 @@
 import sqlalchemy as sa
 from alembic import op
 
+from fedia3.coordinator.migrations import triggers
+
 revision = "0001"
 down_revision = None
 
 _IMMUTABLE = ("adapter_version", "round", "contribution")
+_BY_CODE_POINT = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
@@ -15,7 +18,7 @@ def upgrade() -> None:
         "adapter",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("owner_kind", sa.String(16), nullable=False),
-        sa.Column("owner_name", sa.String(128), nullable=False),
+        sa.Column("owner_name", _BY_CODE_POINT, nullable=False),
         sa.Column("base", sa.String(64), nullable=False),
         sa.Column("next_version", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_adapter"),
@@ -90,14 +93,13 @@ def upgrade() -> None:
             ondelete="RESTRICT",
         ),
     )
+    triggers.prepare()
     for table in _IMMUTABLE:
-        op.execute(
-            f"CREATE TRIGGER {table}_immutable BEFORE UPDATE ON {table} "
-            f"BEGIN SELECT RAISE(ABORT, '{table} rows never change'); END"
-        )
+        triggers.forbid_updates(table)
 
 
 def downgrade() -> None:
     """Back to an empty database; triggers go with their tables."""
     for table in ("server_state", "contribution", "round", "adapter_version", "adapter"):
         op.drop_table(table)
+    triggers.clear_away()

@@ -3,6 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
+from fedia3.coordinator.migrations import triggers
+
+_BY_CODE_POINT = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
+
 revision = "0003"
 down_revision = "0002"
 
@@ -28,7 +32,7 @@ def upgrade() -> None:
     op.create_table(
         "alias_event",
         sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(128), nullable=False),
+        sa.Column("name", _BY_CODE_POINT, nullable=False),
         sa.Column("rev", sa.Integer(), nullable=False),
         sa.Column("version", sa.Integer(), nullable=True),
         sa.Column("actor", sa.String(128), nullable=False),
@@ -48,10 +52,7 @@ def upgrade() -> None:
             ondelete="RESTRICT",
         ),
     )
-    op.execute(
-        "CREATE TRIGGER alias_event_immutable BEFORE UPDATE ON alias_event "
-        "BEGIN SELECT RAISE(ABORT, 'alias_event rows never change'); END"
-    )
+    triggers.forbid_updates("alias_event")
 
 
 def downgrade() -> None:
