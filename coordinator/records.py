@@ -21,6 +21,7 @@ Form = Literal["adapter", "personal"]
 Verdict = Literal["accepted", "rejected", "missing"]
 
 MAX_NAME = 128  # characters
+MAX_SPELLED = 4 * MAX_NAME  # no character of NFC stands for more than four others
 MAX_REASON = 500  # characters
 MAX_METRICS = 4096  # bytes of JSON
 MAX_COUNT = 2**63 - 1  # what a database's integer holds
@@ -182,7 +183,8 @@ def checked_name(name: str, what: str) -> str:
     Raises:
         BadInput: it is not; ``what`` says in the message whose name was expected.
     """
-    name = unicodedata.normalize("NFC", name)
+    if len(name) <= MAX_SPELLED:  # the time it takes grows with the square of a run of accents
+        name = unicodedata.normalize("NFC", name)
     if not name.strip() or len(name) > MAX_NAME:
         raise BadInput(f"{what} has 1 to {MAX_NAME} characters, got {len(name)}: {name[:20]!r}")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):

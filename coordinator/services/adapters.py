@@ -48,9 +48,12 @@ class AdaptersService:
         """Keep the calling device's user's own part; with the same key and bytes, once."""
         if not request.idem_key:
             raise BadInput("a publish names its idem_key, 1 to 128 characters, got none")
+        user = _user(caller)
+        part = checked_part(request, self._schema_to_publish(request.base_digest))
+        require_usable(part, self._trained_on(part))
         record = self._registry.publish_personal(
-            _user(caller),
-            checked_part(request, self._schema_to_publish(request.base_digest)),
+            user,
+            part,
             num_examples=request.num_examples,
             metrics=dict(request.metrics),
             idem_key=request.idem_key,
@@ -118,12 +121,17 @@ class AdaptersService:
         record, data = self._registry.fetch(owner, schema.base_digest, version or None)
         if record.form == "adapter":
             return encoding.decode(data, schema)
-        personal, everyone = encoding.decode_personal(data, schema), Owner.everyone()
-        anchor = self._registry.store.find_digest(
+        personal = encoding.decode_personal(data, schema)
+        return personal.on(self._trained_on(personal))
+
+    def _trained_on(self, personal: PersonalAdapter) -> Adapter:
+        """The global version that a user's own part is relative to."""
+        everyone, schema = Owner.everyone(), personal.schema
+        found = self._registry.store.find_digest(
             everyone, schema.base_digest, personal.global_digest
         )
-        _, anchor_data = self._registry.fetch(everyone, schema.base_digest, anchor.version)
-        return personal.on(encoding.decode(anchor_data, schema))
+        _, data = self._registry.fetch(everyone, schema.base_digest, found.version)
+        return encoding.decode(data, schema)
 
     def _signed(self, record: AdapterRecord) -> pb.SignedRecord:
         message = to_message(record, self._registry.size(record))
@@ -146,6 +154,18 @@ def checked_part(request: pb.PublishRequest, schema: Schema) -> PersonalAdapter:
     if encoding.encode_personal(part) != request.data:
         raise BadAdapter("the file is not in the form's one order; write it with encode_personal")
     return part
+
+
+def require_usable(part: PersonalAdapter, trained_on: Adapter) -> None:
+    """Refuse a part under which the base model could not speak.
+
+    Raises:
+        BadAdapter: on the version it was trained on, its scales all vanish or one is beyond ±100.
+    """
+    try:
+        encoding.require_scales(trained_on.vector + part.delta)
+    except BadAdapter as error:
+        raise BadAdapter(f"on the global version that the part names: {error}") from error
 
 
 def compared(left: Adapter, right: Adapter) -> pb.CompareResponse:

@@ -63,12 +63,16 @@ def read_pieces(path: Path, offset: int, size: int) -> Iterator[bytes]:
     """A file's bytes from ``offset`` to ``size``, cut at multiples of 1 MiB, as FilePieces.
 
     Raises:
-        Corrupt: the file is shorter than its manifest says, or gone.
+        Corrupt: the file is shorter than its manifest says, gone, or a link in its place.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise Corrupt(f"{path.name} of the base model is gone; import the base anew") from error
+    except OSError as error:
+        raise Corrupt(
+            f"{path.name} of the base model cannot be read ({error.strerror}); import the base anew"
+        ) from error
     try:
         while offset < size:
             wanted = min(size, (offset // PIECE + 1) * PIECE) - offset

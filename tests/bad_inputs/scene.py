@@ -1,0 +1,250 @@
+"""A coordinator that listens, two people's phones, and calls that no caller of ours would make."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import ErrorInfo
+from grpc_status import rpc_status
+
+from fedia3.adapters import encoding, manifest
+from fedia3.adapters.adapter import Adapter, PersonalAdapter
+from fedia3.coordinator.records import Owner
+from fedia3.errors import Fedia3Error
+from fedia3.proto import adapters_pb2 as pb
+from fedia3.proto.contract import METHODS
+from fedia3.proto.signing import (
+    NONCE_HEADER,
+    SIGNATURE_HEADER,
+    TIME_HEADER,
+    TOKEN_HEADER,
+    request_bytes,
+)
+from fedia3.testing_service import NO_LIMITS, EnrolledDevice, RunningService, running_service
+
+Code = grpc.StatusCode
+Answer = tuple[grpc.StatusCode, str]
+
+BAD_INPUT = Code.INVALID_ARGUMENT, "REASON_BAD_INPUT"
+BAD_ADAPTER = Code.INVALID_ARGUMENT, "REASON_BAD_ADAPTER"
+WRONG_BASE = Code.FAILED_PRECONDITION, "REASON_WRONG_BASE_MODEL"
+NO_DEADLINE = Code.INVALID_ARGUMENT, "REASON_NO_DEADLINE"
+OUT_OF_RANGE = Code.OUT_OF_RANGE, "REASON_OUT_OF_RANGE"
+NOT_FOUND = Code.NOT_FOUND, "REASON_NOT_FOUND"
+CONFLICT = Code.ABORTED, "REASON_CONFLICT"
+CORRUPT = Code.DATA_LOSS, "REASON_CORRUPT"
+BAD_TOKEN = Code.UNAUTHENTICATED, "REASON_BAD_TOKEN"
+BAD_INVITE = Code.UNAUTHENTICATED, "REASON_BAD_INVITE"
+BAD_SIGNATURE = Code.UNAUTHENTICATED, "REASON_BAD_SIGNATURE"
+REPLAYED = Code.UNAUTHENTICATED, "REASON_REPLAYED"
+WRONG_CLOCK = Code.UNAUTHENTICATED, "REASON_CLOCK"
+NOT_ALLOWED = Code.PERMISSION_DENIED, "REASON_NOT_ALLOWED"
+TOO_MANY_CALLS = Code.RESOURCE_EXHAUSTED, "REASON_TOO_MANY_CALLS"
+UNAVAILABLE = Code.UNAVAILABLE, "REASON_UNAVAILABLE"
+# What gRPC answers by itself, before a word of ours.
+TOO_LARGE, UNKNOWN_METHOD = (Code.RESOURCE_EXHAUSTED, ""), (Code.UNIMPLEMENTED, "")
+NO_CONNECTION = Code.UNAVAILABLE, ""
+
+PUBLISH, FETCH, RESOLVE, LIST, COMPARE, ERASE = (
+    f"/fedia3.v1.Adapters/{name}"
+    for name in ("Publish", "Fetch", "Resolve", "List", "Compare", "Erase")
+)
+EVERYONE, ANNA, BOB = pb.Owner(everyone=True), pb.Owner(user="anna"), pb.Owner(user="bob")
+
+
+@dataclass(frozen=True)
+class Who:
+    """What a caller shows, and signs with."""
+
+    token: str | None = None
+    key: Ed25519PrivateKey | None = None
+
+
+class Scene:
+    """A service with everyone's adapter, and a part of anna's and one of bob's.
+
+    Args:
+        service: without a limit on calls.
+        channel: a connection to it, without limits of its own.
+        folder: where everything of it lies.
+    """
+
+    def __init__(self, service: RunningService, channel: grpc.Channel, folder: Path) -> None:
+        self.service, self.channel, self.folder = service, channel, folder
+        self.base = service.manifest.digest
+        self.schema = manifest.schema(service.manifest)
+        self.everyone = Adapter.ones(self.schema)
+        service.registry.publish_global(self.everyone)
+        self.anna, self.bob = (self.device(service.enrol(name)) for name in ("anna", "bob"))
+        self.web = Who(service.service_token())
+        self.operator = Who(service.operator_token, service.operator_key)
+        self.good = self.part(0.5, 0, 0, 0, -0.5)
+        self.publish()
+        self.bobs = self.part(0, 0, 0.25, 0, 0)
+        self.publish(self.bobs, who=self.bob)
+
+    @staticmethod
+    def device(enrolled: EnrolledDevice) -> Who:
+        """What this device shows."""
+        return Who(enrolled.token, enrolled.signing_key)
+
+    def part(self, *delta: float, on: str | None = None) -> bytes:
+        """A file with this delta, relative to everyone's adapter or to another digest."""
+        digest = on or encoding.digest(encoding.encode(self.everyone))
+        values = np.array(delta, dtype=np.float32)
+        return encoding.encode_personal(PersonalAdapter(self.schema, values, digest))
+
+    def publish(self, data: bytes | None = None, who: Who | None = None, **changed: Any) -> bytes:
+        """Publish a part, by default anna's good one, with some of the request changed."""
+        data = self.good if data is None else data
+        fields: dict[str, Any] = {
+            "base_digest": self.base,
+            "data": data,
+            "digest": encoding.digest(data),
+            "num_examples": 7,
+            "idem_key": encoding.digest(data),
+        }
+        return self.call(PUBLISH, pb.PublishRequest(**{**fields, **changed}), who or self.anna)
+
+    def read(self, path: str, owner: pb.Owner, who: Who | None = None, **more: Any) -> bytes:
+        """Ask for somebody's adapters; anna does, where nobody else is named."""
+        if path == COMPARE:
+            request: Message = pb.CompareRequest(
+                left_owner=owner, right_owner=EVERYONE, base_digest=self.base
+            )
+        else:
+            kind = METHODS[path].request
+            request = kind(**{"owner": owner, "base_digest": self.base, **more})
+        return self.call(path, request, who or self.anna)
+
+    def call(
+        self,
+        path: str,
+        request: Message | bytes = b"",
+        who: Who | None = None,
+        *,
+        timeout: float | None = 10,
+        metadata: Sequence[tuple[str, str | bytes]] | None = None,
+        **options: Any,
+    ) -> bytes:
+        """The answer's bytes, all of a stream's behind each other; by default nobody calls."""
+        body = request if isinstance(request, bytes) else request.SerializeToString()
+        shown = self.metadata(path, body, who or Who()) if metadata is None else metadata
+        given = {"timeout": timeout, "metadata": shown, **options}
+        if path in METHODS and METHODS[path].streams:
+            return b"".join(self.channel.unary_stream(path)(body, **given))
+        answer: bytes = self.channel.unary_unary(path)(body, **given)
+        return answer
+
+    def metadata(
+        self,
+        path: str,
+        body: bytes,
+        who: Who,
+        *,
+        nonce: bytes | None = None,
+        off_ms: int = 0,
+    ) -> list[tuple[str, str | bytes]]:
+        """What lets the body in; ``off_ms`` is how far the caller's clock is off."""
+        shown: list[tuple[str, str | bytes]] = []
+        if who.token is not None:
+            shown = [(TOKEN_HEADER, f"Bearer {who.token}")]
+        if path in METHODS and METHODS[path].is_signed and who.key is not None:
+            nonce, time_ms = nonce or os.urandom(16), self.service.now_ms() + off_ms
+            signed = who.key.sign(request_bytes(path, body, time_ms, nonce, who.token or ""))
+            shown += [
+                (NONCE_HEADER, nonce), (TIME_HEADER, str(time_ms)), (SIGNATURE_HEADER, signed),
+            ]  # fmt: skip
+        return shown
+
+    def kept(self) -> tuple[object, ...]:
+        """What no refused call may change."""
+        owners = (Owner.everyone(), *self.service.registry.owners("user"))
+        versions = [self.service.registry.versions(owner, self.base) for owner in owners]
+        return versions, [device.device_id for device in self.service.directory.devices()]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An input by its number, how it is sent, and the code, reason and words it is refused with."""
+
+    number: int
+    what: str
+    send: Callable[[Scene], object]
+    answer: Answer
+    says: str  # a pattern: what was expected, what came, or what to do
+
+    def __str__(self) -> str:
+        return f"{self.number} {self.what}"
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An input that no caller sends, such as an answer that a device must not believe."""
+
+    number: int
+    what: str
+    use: Callable[[Scene], object]
+    error: type[Fedia3Error]
+    says: str  # as above
+
+    def __str__(self) -> str:
+        return f"{self.number} {self.what}"
+
+
+def require_refused(scene: Scene, case: Refused) -> None:
+    """It is refused as the table says, and nothing was changed."""
+    before = scene.kept()
+    try:
+        case.send(scene)
+    except grpc.RpcError as error:
+        code, words = error.code(), error.details()
+        assert (code, reason(error)) == case.answer, words
+        assert re.search(case.says, words), words
+    else:
+        raise AssertionError(f"{case} was not refused")
+    assert scene.kept() == before
+
+
+def reason(error: grpc.RpcError) -> str:
+    """Our reason in a failed call's status; empty where the status is not ours."""
+    status, info = rpc_status.from_call(error), ErrorInfo()
+    if status is not None and status.details[0].Unpack(info):
+        return str(info.reason)
+    return ""
+
+
+@contextmanager
+def a_scene(folder: Path, **settings: Any) -> Iterator[Scene]:
+    """A service on files, with TLS, on loopback; ``settings`` as ``running_service`` takes them."""
+    with (
+        running_service(folder, **{"limits": NO_LIMITS, **settings}) as service,
+        a_channel(service) as channel,
+    ):
+        yield Scene(service, channel, folder)
+
+
+@contextmanager
+def a_channel(
+    service: RunningService, ca: bytes | None = None, **options: Any
+) -> Iterator[grpc.Channel]:
+    """A connection without limits of its own; ``options`` without their ``grpc.``."""
+    credentials = grpc.ssl_channel_credentials(ca or service.ca)
+    given = {
+        "use_local_subchannel_pool": 1,
+        "max_metadata_size": 1 << 20,
+        "http2.bdp_probe": 0,  # or the window grows until a whole file fits it
+        "http2.lookahead_bytes": 1 << 16,
+        **options,
+    }
+    named = [(f"grpc.{name}", value) for name, value in given.items()]
+    with grpc.secure_channel(service.address, credentials, options=named) as opened:
+        yield opened
