@@ -21,6 +21,7 @@ from fedia3.coordinator.records import Owner
 from fedia3.errors import Fedia3Error
 from fedia3.proto import adapters_pb2 as pb
 from fedia3.proto.contract import METHODS
+from fedia3.proto.rules_pb2 import Scope
 from fedia3.proto.signing import (
     NONCE_HEADER,
     SIGNATURE_HEADER,
@@ -95,6 +96,13 @@ class Scene:
     def device(enrolled: EnrolledDevice) -> Who:
         """What this device shows."""
         return Who(enrolled.token, enrolled.signing_key)
+
+    def who_may(self, path: str) -> Who:
+        """Somebody whose token reaches this method."""
+        scopes = METHODS[path].scopes
+        if Scope.SCOPE_DEVICE in scopes:
+            return self.anna
+        return self.operator if Scope.SCOPE_ADMIN in scopes else Who()
 
     def part(self, *delta: float, on: str | None = None) -> bytes:
         """A file with this delta, relative to everyone's adapter or to another digest."""
@@ -178,9 +186,10 @@ class Refused:
 
     number: int
     what: str
-    send: Callable[[Scene], object]
+    send: Callable[..., object]  # takes the scene, and what ``given`` made
     answer: Answer
     says: str  # a pattern: what was expected, what came, or what to do
+    given: Callable[[Scene], object] | None = None  # makes what has to be there before
 
     def __str__(self) -> str:
         return f"{self.number} {self.what}"
@@ -202,9 +211,10 @@ class Raised:
 
 def require_refused(scene: Scene, case: Refused) -> None:
     """It is refused as the table says, and nothing was changed."""
+    made = [] if case.given is None else [case.given(scene)]
     before = scene.kept()
     try:
-        case.send(scene)
+        case.send(scene, *made)
     except grpc.RpcError as error:
         code, words = error.code(), error.details()
         assert (code, reason(error)) == case.answer, words

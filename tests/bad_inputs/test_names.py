@@ -120,3 +120,6 @@ def test_twins_by_spelling_are_one_user(scene: Scene) -> None:
     assert both[0] == both[1]
     owners = scene.service.registry.owners("user")
     assert [owner for owner in owners if owner.name.startswith("Ren")] == [Owner.user("Ren\u00e9")]
+
+
+NUMBERS = {*(case.number for case in TABLE), *(number for number, _name in HARMLESS)}

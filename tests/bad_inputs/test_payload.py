@@ -300,3 +300,6 @@ def test_the_good_file_is_taken(scene: Scene) -> None:
     scene.publish()
     assert scene.kept() == before
     assert digest(scene.good) in {one.digest for one in before[0][1]}
+
+
+NUMBERS = {case.number for case in (*PAYLOAD, *SIZES)}

@@ -211,4 +211,4 @@ def test_a_claim_of_many_examples_is_cut() -> None:
     assert "claims 1000000000000 examples, counted as 10000" in admitted.reason
 
 
-BESIDE = {50, 52}  # tests of their own above
+NUMBERS = {50, 52, *(case.number for case in (*STORED, *REPLIES))}
