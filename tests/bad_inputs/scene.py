@@ -10,7 +10,9 @@ from typing import Any
 
 import grpc
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
@@ -20,6 +22,7 @@ from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.coordinator.records import Owner
 from fedia3.errors import Fedia3Error
 from fedia3.proto import adapters_pb2 as pb
+from fedia3.proto import enrolment_pb2 as enrolment
 from fedia3.proto.contract import METHODS
 from fedia3.proto.rules_pb2 import Scope
 from fedia3.proto.signing import (
@@ -27,9 +30,16 @@ from fedia3.proto.signing import (
     SIGNATURE_HEADER,
     TIME_HEADER,
     TOKEN_HEADER,
+    enrolment_bytes,
     request_bytes,
 )
-from fedia3.testing_service import NO_LIMITS, EnrolledDevice, RunningService, running_service
+from fedia3.testing_service import (
+    NO_LIMITS,
+    EnrolledDevice,
+    RunningService,
+    node_pem,
+    running_service,
+)
 
 Code = grpc.StatusCode
 Answer = tuple[grpc.StatusCode, str]
@@ -58,6 +68,7 @@ PUBLISH, FETCH, RESOLVE, LIST, COMPARE, ERASE = (
     f"/fedia3.v1.Adapters/{name}"
     for name in ("Publish", "Fetch", "Resolve", "List", "Compare", "Erase")
 )
+BEGIN, COMPLETE = "/fedia3.v1.Enrolment/Begin", "/fedia3.v1.Enrolment/Complete"
 EVERYONE, ANNA, BOB = pb.Owner(everyone=True), pb.Owner(user="anna"), pb.Owner(user="bob")
 
 
@@ -112,6 +123,10 @@ class Scene:
 
     def publish(self, data: bytes | None = None, who: Who | None = None, **changed: Any) -> bytes:
         """Publish a part, by default anna's good one, with some of the request changed."""
+        return self.call(PUBLISH, self.publish_request(data, **changed), who or self.anna)
+
+    def publish_request(self, data: bytes | None = None, **changed: Any) -> pb.PublishRequest:
+        """What a publish carries."""
         data = self.good if data is None else data
         fields: dict[str, Any] = {
             "base_digest": self.base,
@@ -120,7 +135,7 @@ class Scene:
             "num_examples": 7,
             "idem_key": encoding.digest(data),
         }
-        return self.call(PUBLISH, pb.PublishRequest(**{**fields, **changed}), who or self.anna)
+        return pb.PublishRequest(**{**fields, **changed})
 
     def read(self, path: str, owner: pb.Owner, who: Who | None = None, **more: Any) -> bytes:
         """Ask for somebody's adapters; anna does, where nobody else is named."""
@@ -178,6 +193,34 @@ class Scene:
         owners = (Owner.everyone(), *self.service.registry.owners("user"))
         versions = [self.service.registry.versions(owner, self.base) for owner in owners]
         return versions, [device.device_id for device in self.service.directory.devices()]
+
+
+class Phone:
+    """A device before it belongs to anybody."""
+
+    def __init__(self) -> None:
+        self.signing = Ed25519PrivateKey.generate()
+        self.node = ec.generate_private_key(ec.SECP384R1())
+        self.public = self.signing.public_key().public_bytes_raw()
+
+    def enrol(self, scene: Scene, code: str, **keys: bytes) -> bytes:
+        """Ask to be let in."""
+        return scene.call(COMPLETE, self.request(scene, code, **keys))
+
+    def request(self, scene: Scene, code: str, **other: bytes) -> enrolment.CompleteRequest:
+        """What it sends to be let in, with other keys than its own where some are given."""
+        begun = scene.call(BEGIN, enrolment.BeginRequest(code=code))
+        challenge = enrolment.BeginResponse.FromString(begun).challenge
+        keys = {"signing_key": self.public, "node_key": node_pem(self.node)} | other
+        proven = enrolment_bytes(code, challenge, "phone", keys["signing_key"], keys["node_key"])
+        return enrolment.CompleteRequest(
+            code=code,
+            challenge=challenge,
+            device_name="phone",
+            signing_key_proof=self.signing.sign(proven),
+            node_key_proof=self.node.sign(proven, ec.ECDSA(SHA256())),
+            **keys,
+        )
 
 
 @dataclass(frozen=True)

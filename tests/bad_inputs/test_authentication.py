@@ -12,9 +12,6 @@ from typing import Any
 
 import grpc
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.hashes import SHA256
 
 from fedia3.adapters.encoding import digest
 from fedia3.coordinator.access import Limits
@@ -27,13 +24,14 @@ from fedia3.proto import admin_pb2
 from fedia3.proto import enrolment_pb2 as enrolment
 from fedia3.proto.contract import METHODS
 from fedia3.proto.rules_pb2 import Scope
-from fedia3.proto.signing import SIGNATURE_HEADER, TOKEN_HEADER, enrolment_bytes
+from fedia3.proto.signing import SIGNATURE_HEADER, TOKEN_HEADER
 from fedia3.testing_service import node_pem
 
 from .scene import (
     BAD_INVITE,
     BAD_SIGNATURE,
     BAD_TOKEN,
+    BEGIN,
     BOB,
     COMPARE,
     CONFLICT,
@@ -49,6 +47,7 @@ from .scene import (
     TOO_MANY_CALLS,
     UNKNOWN_METHOD,
     WRONG_CLOCK,
+    Phone,
     Refused,
     Scene,
     Who,
@@ -58,7 +57,6 @@ from .scene import (
 )
 
 STATUS = "/fedia3.v1.Admin/Status"
-BEGIN, COMPLETE = "/fedia3.v1.Enrolment/Begin", "/fedia3.v1.Enrolment/Complete"
 HOUR_MS = 3_600_000
 
 
@@ -103,12 +101,7 @@ def shown_twice(scene: Scene) -> bytes:
 
 def replayed(scene: Scene) -> bytes:
     """A publish, and the very same bytes and metadata again."""
-    body = pb.PublishRequest(
-        base_digest=scene.base,
-        data=scene.good,
-        digest=digest(scene.good),
-        idem_key=digest(scene.good),
-    ).SerializeToString()
+    body = scene.publish_request().SerializeToString()
     metadata = scene.metadata(PUBLISH, body, scene.anna)
     scene.call(PUBLISH, body, metadata=metadata)
     return scene.call(PUBLISH, body, metadata=metadata)
@@ -162,31 +155,6 @@ def over(**options: Any) -> Callable[[Scene], bytes]:
         return answer
 
     return send
-
-
-class Phone:
-    """A device before it belongs to anybody."""
-
-    def __init__(self) -> None:
-        self.signing = Ed25519PrivateKey.generate()
-        self.node = ec.generate_private_key(ec.SECP384R1())
-        self.public = self.signing.public_key().public_bytes_raw()
-
-    def enrol(self, scene: Scene, code: str, **changed: bytes) -> bytes:
-        """Ask to be let in, with proofs by its own two keys; then some of it changed."""
-        begun = scene.call(BEGIN, enrolment.BeginRequest(code=code))
-        challenge = enrolment.BeginResponse.FromString(begun).challenge
-        keys = {"signing_key": self.public, "node_key": node_pem(self.node)} | changed
-        proven = enrolment_bytes(code, challenge, "phone", keys["signing_key"], keys["node_key"])
-        request = enrolment.CompleteRequest(
-            code=code,
-            challenge=challenge,
-            device_name="phone",
-            signing_key_proof=self.signing.sign(proven),
-            node_key_proof=self.node.sign(proven, ec.ECDSA(SHA256())),
-            **keys,
-        )
-        return scene.call(COMPLETE, request)
 
 
 def anothers_key(name: str, key: Callable[[Phone], bytes]) -> Callable[[Scene], bytes]:
