@@ -220,6 +220,11 @@ def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     Raises:
         BadInput: a value is not a finite number, or there are too many of them.
     """
+    if len(metrics) > MAX_METRICS:  # a stranger's may be hundreds of thousands
+        raise BadInput(
+            f"metrics take at most {MAX_METRICS} bytes of JSON, got {len(metrics)} of them; "
+            "keep fewer"
+        )
     for name, value in metrics.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise BadInput(f"metric {name!r} is a finite number, got {value!r}")

@@ -118,6 +118,16 @@ STORED = [
         BAD_INPUT,
         "metric 'loss' is a finite number, got nan",
     ),
+    *(
+        Refused(
+            57,
+            f"{count} metrics",
+            lambda scene, count=count: scene.publish(metrics={str(n): 1 for n in range(count)}),
+            BAD_INPUT,
+            f"at most 4096 bytes of JSON, got {got}",
+        )
+        for count, got in ((1000, "9891; keep fewer"), (100_000, "100000 of them; keep fewer"))
+    ),
 ]
 
 
