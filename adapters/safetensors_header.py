@@ -159,11 +159,11 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
         fields = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_not_json)
+        spelled = _compact(fields)  # here, too, nesting may be too deep
     except (ValueError, RecursionError) as error:
         raise BadAdapter(f"the safetensors header is not JSON: {short(str(error))}") from error
     if not isinstance(fields, dict):
         raise BadAdapter(f"the header is a JSON object, got {type(fields).__name__}")
-    spelled = _compact(fields)
     if text.rstrip(" ") != spelled or len(text) - len(spelled) > PADDING:
         raise BadAdapter(
             f"the header is compact JSON padded with at most {PADDING} spaces, as the safetensors "

@@ -47,6 +47,7 @@ class BlobStore(Protocol):
 
         Raises:
             NotFound: there are none.
+            StorageFailed: the disk refused.
         """
         ...
 
@@ -154,6 +155,8 @@ class FileBlobs:
             return self._path(digest).stat().st_size
         except FileNotFoundError as error:
             raise _no_blob(digest) from error
+        except OSError as error:
+            raise StorageFailed(f"cannot read blob {digest[:12]}: {error.strerror}") from error
 
     def delete(self, digest: str) -> None:
         """See :meth:`BlobStore.delete`."""
@@ -177,7 +180,10 @@ class FileBlobs:
         # A link could make us serve, or overwrite, what lies outside the store.
         for step in (path, path.parent, path.parent.parent):
             if step.is_symlink():
-                raise Corrupt(f"{step} is a symbolic link, expected it in the store; remove it")
+                raise Corrupt(
+                    f"{step.relative_to(self._root)} in the blob store is a symbolic link, "
+                    "expected bytes; remove it"
+                )
         return path
 
     def _holds(self, path: Path, data: bytes) -> bool:

@@ -21,6 +21,7 @@ Form = Literal["adapter", "personal"]
 Verdict = Literal["accepted", "rejected", "missing"]
 
 MAX_NAME = 128  # characters
+MAX_SPELLED = 4 * MAX_NAME  # no character of NFC stands for more than four others
 MAX_REASON = 500  # characters
 MAX_METRICS = 4096  # bytes of JSON
 MAX_COUNT = 2**63 - 1  # what a database's integer holds
@@ -218,7 +219,8 @@ def checked_name(name: str, what: str, longest: int = MAX_NAME) -> str:
     Raises:
         BadInput: it is not; ``what`` says in the message whose name was expected.
     """
-    name = unicodedata.normalize("NFC", name)
+    if len(name) <= MAX_SPELLED:  # the time it takes grows with the square of a run of accents
+        name = unicodedata.normalize("NFC", name)
     if not name.strip() or len(name) > longest:
         raise BadInput(f"{what} has 1 to {longest} characters, got {len(name)}: {name[:20]!r}")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
@@ -295,6 +297,11 @@ def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     Raises:
         BadInput: a value is not a finite number, or there are too many of them.
     """
+    if len(metrics) > MAX_METRICS:  # a stranger's may be hundreds of thousands
+        raise BadInput(
+            f"metrics take at most {MAX_METRICS} bytes of JSON, got {len(metrics)} of them; "
+            "keep fewer"
+        )
     for name, value in metrics.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise BadInput(f"metric {name!r} is a finite number, got {value!r}")

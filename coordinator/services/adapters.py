@@ -63,9 +63,12 @@ class AdaptersService:
         """Keep the calling device's user's own part; with the same key and bytes, once."""
         if not request.idem_key:
             raise BadInput("a publish names its idem_key, 1 to 128 characters, got none")
+        user = _user(caller)
+        part = checked_part(request, self._schema_to_publish(request.base_digest))
+        require_usable(part, self._trained_on(part))
         record = self._registry.publish_personal(
-            _user(caller),
-            checked_part(request, self._schema_to_publish(request.base_digest)),
+            user,
+            part,
             num_examples=request.num_examples,
             metrics=dict(request.metrics),
             idem_key=request.idem_key,
@@ -164,7 +167,8 @@ class AdaptersService:
 
         A user's own part counts with the global version that it was trained on.
         """
-        base, versions = request.base_digest, (request.left_version, request.right_version)
+        base = request.base_digest
+        versions = request.left_version or LATEST, request.right_version or LATEST
         left, _ = _readable(request.left_owner, base, caller, versions[0])
         right, _ = _readable(request.right_owner, base, caller, versions[1])
         schema = self._manifests.find(base).schema
@@ -187,16 +191,21 @@ class AdaptersService:
         except NotFound as error:
             raise WrongBaseModel(str(error)) from error
 
-    def _scales(self, owner: Owner, schema: Schema, version: int) -> Adapter:
-        record, data = self._registry.fetch(owner, schema.base_digest, version or LATEST)
+    def _scales(self, owner: Owner, schema: Schema, which: Which) -> Adapter:
+        record, data = self._registry.fetch(owner, schema.base_digest, which)
         if record.form == "adapter":
             return encoding.decode(data, schema)
-        personal, everyone = encoding.decode_personal(data, schema), Owner.everyone()
-        anchor = self._registry.store.find_digest(
+        personal = encoding.decode_personal(data, schema)
+        return personal.on(self._trained_on(personal))
+
+    def _trained_on(self, personal: PersonalAdapter) -> Adapter:
+        """The global version that a user's own part is relative to."""
+        everyone, schema = Owner.everyone(), personal.schema
+        found = self._registry.store.find_digest(
             everyone, schema.base_digest, personal.global_digest
         )
-        _, anchor_data = self._registry.fetch(everyone, schema.base_digest, anchor.version)
-        return personal.on(encoding.decode(anchor_data, schema))
+        _, data = self._registry.fetch(everyone, schema.base_digest, found.version)
+        return encoding.decode(data, schema)
 
     def _signed(self, record: AdapterRecord, which: Which, revision: int) -> pb.SignedRecord:
         is_named = isinstance(which, int) or is_digest(which)
@@ -221,6 +230,18 @@ def checked_part(request: pb.PublishRequest, schema: Schema) -> PersonalAdapter:
     if encoding.encode_personal(part) != request.data:
         raise BadAdapter("the file is not in the form's one order; write it with encode_personal")
     return part
+
+
+def require_usable(part: PersonalAdapter, trained_on: Adapter) -> None:
+    """Refuse a part under which the base model could not speak.
+
+    Raises:
+        BadAdapter: on the version it was trained on, its scales all vanish or one is beyond ±100.
+    """
+    try:
+        encoding.require_scales(trained_on.vector + part.delta)
+    except BadAdapter as error:
+        raise BadAdapter(f"on the global version that the part names: {error}") from error
 
 
 def compared(left: Adapter, right: Adapter) -> pb.CompareResponse:

@@ -1,12 +1,13 @@
 """``fedia3.v1.BaseModels``: signed manifests, and every file's bytes from any offset."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedia3.coordinator.manifests import Manifests, OfferedBase
 from fedia3.coordinator.services.calls import Caller, Handlers, Signer
-from fedia3.errors import BadInput, Corrupt, NotFound, OutOfRange
+from fedia3.errors import BadInput, Corrupt, NotFound, OutOfRange, StorageFailed
 from fedia3.proto import base_models_pb2 as pb
 from fedia3.proto.contract import PIECE
 
@@ -63,12 +64,19 @@ def read_pieces(path: Path, offset: int, size: int) -> Iterator[bytes]:
     """A file's bytes from ``offset`` to ``size``, cut at multiples of 1 MiB, as FilePieces.
 
     Raises:
-        Corrupt: the file is shorter than its manifest says, or gone.
+        Corrupt: the file is shorter than its manifest says, gone, or a link in its place.
+        StorageFailed: the disk refused.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise Corrupt(f"{path.name} of the base model is gone; import the base anew") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Corrupt(
+                f"{path.name} of the base model is a symbolic link; import the base anew"
+            ) from error
+        raise StorageFailed(f"cannot read {path}: {error.strerror}") from error
     try:
         while offset < size:
             wanted = min(size, (offset // PIECE + 1) * PIECE) - offset
