@@ -27,6 +27,7 @@ from google.protobuf.message import Message
 from fedia3.adapters import encoding, manifest
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.base_store import BaseEntry, BaseStore, default_home
+from fedia3.adapters.dial import Alpha
 from fedia3.adapters.manifest import Manifest
 from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
 from fedia3.adapters.schema import Schema
@@ -292,13 +293,14 @@ class Coordinator:
             logger.warning("going on with %s: %s", good.version, error)
             return Fetched(good.version, good.data, fallback=str(error))
 
-    def served(self, user: str | None = None, alpha: float = 1.0) -> Served:
+    def served(self, user: str | None = None, alpha: Alpha = 1.0) -> Served:
         """What a user is served, by default the device's: ``alpha`` 0 is the global adapter alone.
 
         A part that only this device has counts where it is newer than the shared one.
 
         Raises:
             NotFound: there is no global adapter yet, or it is another user's device.
+            BadSetting: the dial ``alpha`` does not fit the base model's schema.
         """
         whose = self._whose(user)
         everyone = self._found(None)
@@ -326,7 +328,7 @@ class Coordinator:
             return _with(served, part, alpha, personal=own.version)
         return served
 
-    def save(self, out: Path, user: str | None = None, alpha: float = 1.0) -> Served:
+    def save(self, out: Path, user: str | None = None, alpha: Alpha = 1.0) -> Served:
         """Write what a user is served as a Hugging Face PEFT folder; see :meth:`served`.
 
         The base model need not be on this machine.
@@ -551,7 +553,7 @@ class Coordinator:
 def _with(
     served: Served,
     part: PersonalAdapter,
-    alpha: float,
+    alpha: Alpha,
     *,
     personal: AdapterVersion | None = None,
     unshared: KeptPart | None = None,

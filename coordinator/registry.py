@@ -14,6 +14,7 @@ from typing import Self
 
 from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
+from fedia3.adapters.dial import Alpha
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.blobs import BlobStore, FileBlobs, MemoryBlobs
 from fedia3.coordinator.records import (
@@ -220,13 +221,14 @@ class Registry:
         record, data = self.fetch(Owner.everyone(), schema.base_digest)
         return record, encoding.decode(data, schema)
 
-    def resolve(self, user: str, schema: Schema, alpha: float = 1.0) -> Effective:
+    def resolve(self, user: str, schema: Schema, alpha: Alpha = 1.0) -> Effective:
         """What this user is served: ``global + alpha * delta``, on the newest global.
 
         A user who never published is served everyone's adapter.
 
         Raises:
             NotFound: there is no global adapter for this base yet.
+            BadSetting: the dial ``alpha`` does not fit the schema.
             Corrupt: the bytes of either part are damaged or gone.
         """
         everyone, global_adapter = self.latest_global(schema)

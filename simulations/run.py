@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedia3.adapters import manifest
 from fedia3.adapters.base_store import BaseStore
+from fedia3.adapters.dial import Alpha
 from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.records import AdapterRecord, Owner
@@ -88,7 +89,7 @@ class Run:
         trained = {result.user for result in self.report.users}
         return sorted(trained | set(self.report.facts.too_small))
 
-    def adapter(self, user: str, alpha: float = 1.0) -> Effective:
+    def adapter(self, user: str, alpha: Alpha = 1.0) -> Effective:
         """What ``user`` is served; ``alpha`` 0 is the global adapter, 1 their own.
 
         Raises:
@@ -108,7 +109,7 @@ class Run:
                 for record in reversed(registry.versions(owner, self.schema.base_digest))
             ]
 
-    def save(self, user: str, out: Path, alpha: float = 1.0) -> Effective:
+    def save(self, user: str, out: Path, alpha: Alpha = 1.0) -> Effective:
         """Write what ``user`` is served as a Hugging Face PEFT folder.
 
         Raises:
@@ -127,7 +128,7 @@ class Run:
         return served
 
     def generate(
-        self, user: str, prompt: str, sampling: "Sampling | None" = None, alpha: float = 1.0
+        self, user: str, prompt: str, sampling: "Sampling | None" = None, alpha: Alpha = 1.0
     ) -> str:
         """What ``user``'s model writes after ``prompt``.
 
