@@ -29,7 +29,7 @@ from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.base_store import BaseEntry, BaseStore, default_home
 from fedia3.adapters.dial import Alpha
 from fedia3.adapters.manifest import Manifest
-from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
+from fedia3.adapters.peft_folder import write_peft_folder_for
 from fedia3.adapters.schema import Schema
 from fedia3.client.base_download import BaseDownload, Progress
 from fedia3.client.cache import AdapterCache, Good
@@ -337,14 +337,7 @@ class Coordinator:
             BadInput: ``out`` holds something else than an adapter.
         """
         served, base = self.served(user, alpha), self.manifest()
-        architecture = base.created_from.architecture
-        write_peft_folder(
-            served.adapter,
-            out,
-            base_name=self._base_name(base),
-            task_type=task_type_of(architecture),
-            fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
-        )
+        write_peft_folder_for(base, served.adapter, out, base_name=self._base_name(base))
         return served
 
     def versions(self, user: str | None = None) -> Iterator[AdapterVersion]:

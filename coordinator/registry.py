@@ -239,6 +239,20 @@ class Registry:
         personal = encoding.decode_personal(data, schema)
         return Effective(personal.on(global_adapter, alpha), everyone, record)
 
+    def scales(self, record: AdapterRecord, schema: Schema) -> Adapter:
+        """A version's scales; a user's own part counts on the global version it was trained on.
+
+        Raises:
+            WrongBaseModel: the version is for another base model than the schema.
+            Corrupt: its bytes, or those of that global version, are damaged or gone.
+        """
+        data = self._bytes_of(record)
+        if record.form == "adapter":
+            return encoding.decode(data, schema)
+        personal = encoding.decode_personal(data, schema)
+        trained_on = self._bytes_of(self._global_version(personal))
+        return personal.on(encoding.decode(trained_on, schema))
+
     def size(self, record: AdapterRecord) -> int:
         """Bytes of a version's file.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedia3.adapters import manifest
 from fedia3.adapters.base_store import BaseStore
 from fedia3.adapters.dial import Alpha
-from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
+from fedia3.adapters.peft_folder import write_peft_folder_for
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.records import AdapterRecord, Owner
 from fedia3.coordinator.registry import Effective, Registry
@@ -117,14 +117,8 @@ class Run:
             BadInput: ``out`` holds something else than an adapter.
         """
         served = self.adapter(user, alpha)
-        architecture = manifest.read_manifest(self.base_folder).created_from.architecture
-        write_peft_folder(
-            served.adapter,
-            out,
-            base_name=str(self.base_folder),
-            task_type=task_type_of(architecture),
-            fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
-        )
+        base = manifest.read_manifest(self.base_folder)
+        write_peft_folder_for(base, served.adapter, out, base_name=str(self.base_folder))
         return served
 
     def generate(

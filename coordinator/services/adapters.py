@@ -115,15 +115,8 @@ class AdaptersService:
             raise WrongBaseModel(str(error)) from error
 
     def _scales(self, owner: Owner, schema: Schema, version: int) -> Adapter:
-        record, data = self._registry.fetch(owner, schema.base_digest, version or None)
-        if record.form == "adapter":
-            return encoding.decode(data, schema)
-        personal, everyone = encoding.decode_personal(data, schema), Owner.everyone()
-        anchor = self._registry.store.find_digest(
-            everyone, schema.base_digest, personal.global_digest
-        )
-        _, anchor_data = self._registry.fetch(everyone, schema.base_digest, anchor.version)
-        return personal.on(encoding.decode(anchor_data, schema))
+        record = self._registry.store.find(owner, schema.base_digest, version or None)
+        return self._registry.scales(record, schema)
 
     def _signed(self, record: AdapterRecord) -> pb.SignedRecord:
         message = to_message(record, self._registry.size(record))
