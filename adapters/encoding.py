@@ -118,9 +118,10 @@ def require_scales(scales: Vector) -> Vector:
     Raises:
         BadAdapter: a scale is not finite or beyond ±100, or all vanish (which silences the model).
     """
+    _require_moderate(scales)  # first: NaN is above nothing, and would be called zero
     if not (np.abs(scales) >= SMALLEST_NORMAL).any():
         raise BadAdapter("every scale is zero or subnormal, which silences the model; 1 = the base")
-    return _require_moderate(scales)
+    return scales
 
 
 def require_delta(delta: Vector) -> Vector:
@@ -129,17 +130,17 @@ def require_delta(delta: Vector) -> Vector:
     Raises:
         BadAdapter: an entry is not finite or beyond ±100, or all are subnormal.
     """
+    _require_moderate(delta)
     if delta.any() and not (np.abs(delta) >= SMALLEST_NORMAL).any():
         raise BadAdapter("every entry of the delta is zero or subnormal; send zeros for no change")
-    return _require_moderate(delta)
+    return delta
 
 
-def _require_moderate(vector: Vector) -> Vector:
+def _require_moderate(vector: Vector) -> None:
     if not np.isfinite(vector).all():
         raise BadAdapter(f"{int((~np.isfinite(vector)).sum())} of {vector.size} are not finite")
     if (largest := float(np.abs(vector).max())) > MAX_SCALE:
         raise BadAdapter(f"values lie within ±{MAX_SCALE:g}, got one of magnitude {largest:g}")
-    return vector
 
 
 def _encoded(

@@ -1,16 +1,27 @@
 """``fedia3 registry`` as people type it, on a finished run's registry."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedia3 import cli
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
+from fedia3.adapters.arithmetic import interpolate, product, sum_of_deltas
+from fedia3.adapters.bank import IA3Bank
+from fedia3.adapters.base_model import load
+from fedia3.adapters.dial import Dial
+from fedia3.adapters.peft_folder import read_peft_folder, write_peft_folder
+from fedia3.adapters.safetensors_header import PEFT_FILES, checked_header
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.records import AdapterDraft, Owner
 from fedia3.coordinator.registry import Registry
@@ -155,6 +166,267 @@ def test_what_cannot_be_compared_is_said(
     words = [str(toy_folder) if word == "TOY" else word for word in words]
     assert fedia3("diff", *words, "--at", at) == code
     assert message in capfd.readouterr().err
+
+
+@pytest.fixture
+def copied(at: Path, tmp_path: Path) -> Path:
+    """That registry, to publish into."""
+    return Path(shutil.copytree(at, tmp_path / "registry"))
+
+
+@pytest.mark.parametrize(
+    ("options", "combined"),
+    [
+        (["--op", "product"], lambda a, b: product([a, b])),
+        (["--op", "sum"], lambda a, b: sum_of_deltas([a, b], [1, 1])),
+        (
+            ["--op", "sum", "--alpha", "0.5", "--alpha", "k=1,v=2,ff=0"],
+            lambda a, b: sum_of_deltas([a, b], [0.5, Dial((("k", 1), ("v", 2), ("ff", 0)))]),
+        ),
+        (["--op", "interpolate"], lambda a, b: interpolate(a, b, 0.5)),
+        (
+            ["--op", "interpolate", "--alpha", "layer:0=1,layer:1=0.2", "--space", "log"],
+            lambda a, b: interpolate(a, b, Dial(((range(1), 1), (range(1, 2), 0.2))), "log"),
+        ),
+    ],
+)
+def test_versions_are_composed_into_a_folder(
+    options: list[str],
+    combined: Callable[[Adapter, Adapter], Adapter],
+    fedia3: Command,
+    at: Path,
+    finished: Run,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """
+    What the arithmetic says, in a PEFT folder that names what it was made of.
+    """
+    asked = ["compose", "everyone@2", "ann", *options, "--base", finished.base_folder, "--at", at]
+    assert fedia3(*asked, "--out", tmp_path / "made", "--json") == 0
+    facts = json.loads(capfd.readouterr().out)
+    with Registry.open(at) as registry:
+        schema, users = finished.schema, (Owner.everyone(), Owner.user("ann"))
+        records = [
+            registry.store.find(owner, schema.base_digest, version)
+            for owner, version in zip(users, (2, None), strict=True)
+        ]
+        expected = combined(*(registry.scales(record, schema) for record in records))
+    assert read_peft_folder(tmp_path / "made", schema) == expected
+    file = (tmp_path / "made" / "adapter_model.safetensors").read_bytes()
+    made = json.loads(checked_header(file, PEFT_FILES).metadata["fedia3.composed"])
+    assert made == {key: facts[key] for key in ("op", "of", "alpha", "space")}
+    assert made["of"] == [record.digest for record in records]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["everyone", "ann", "--op", "product", "--alpha", "1"], "takes no --alpha"),
+        (["everyone", "ann", "--op", "sum", "--alpha", "1"], "expected 2 weights"),
+        (["everyone", "ann", "--op", "sum", "--space", "log"], "is for --op interpolate"),
+        (["everyone", "--op", "interpolate"], "from one version to another"),
+        (["everyone", "ann", "--op", "interpolate", "--alpha", "1", "--alpha", "0"], "2 of it"),
+        (["everyone", "ann", "--op", "interpolate", "--alpha", "k=1"], "the dial 'k=1' names k"),
+    ],
+)
+def test_what_cannot_be_composed_is_said(
+    words: list[str],
+    message: str,
+    fedia3: Command,
+    at: Path,
+    toy_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """
+    3, with the reason, and nothing is written.
+    """
+    out = tmp_path / "made"
+    assert fedia3("compose", *words, "--base", toy_folder, "--at", at, "--out", out) == 3
+    assert message in capfd.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("owner", ["everyone", "ann"])
+def test_what_was_exported_is_imported_and_exported_as_the_same_bytes(
+    owner: str,
+    fedia3: Command,
+    copied: Path,
+    toy_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """
+    Everyone's as everyone's and ann's as hers, each a new version with the same scales.
+    """
+    here, folders = ["--base", toy_folder, "--at", copied], (tmp_path / "once", tmp_path / "again")
+    assert fedia3("export", owner, "--out", folders[0], *here) == 0
+    whose = ["--global"] if owner == "everyone" else ["--user", owner]
+    capfd.readouterr()
+    assert fedia3("import", folders[0], *whose, *here, "--json") == 0
+    published = json.loads(capfd.readouterr().out)
+    assert published["exact"] is True
+    assert (
+        fedia3("export", f"{owner}@{published['version']['version']}", "--out", folders[1], *here)
+        == 0
+    )
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert files[0] == files[1]
+    assert set(files[0]) == {"adapter_config.json", "adapter_model.safetensors"}
+    with Registry.open(copied) as registry:
+        owners = (Owner.everyone(), Owner.user("ann"))
+        base = registry.base_of(owners[owner == "ann"])
+        newest, before, *_ = registry.versions(owners[owner == "ann"], base)
+    assert (newest.version, newest.parent) == (before.version + 1, before.digest)
+
+
+def test_an_own_adapter_is_imported_onto_everyones_latest(
+    fedia3: Command, copied: Path, finished: Run, tmp_path: Path
+) -> None:
+    """
+    eve, who never trained, is served what was published for her; at alpha 0 still everyone's.
+    """
+    schema = finished.schema
+    scales = Adapter(schema, np.linspace(0.9, 1.1, schema.n_params))
+    write_peft_folder(scales, tmp_path / "eve", base_name="toy", task_type="CAUSAL_LM")
+    words = ["import", tmp_path / "eve", "--user", "eve", "--base", finished.base_folder]
+    assert fedia3(*words, "--at", copied) == 0
+    with Registry.open(copied) as registry:
+        served = registry.resolve("eve", schema)
+        assert served.adapter == scales
+        assert registry.resolve("eve", schema, 0.0).adapter == finished.adapter("ann", 0.0).adapter
+
+
+def test_rounding_far_from_everyones_is_said(
+    fedia3: Command,
+    copied: Path,
+    finished: Run,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """
+    Scales of about a millionth have bits that everyone's plus a difference has not.
+    """
+    schema = finished.schema
+    scales = Adapter(schema, np.linspace(1e-6, 2e-6, schema.n_params))
+    write_peft_folder(scales, tmp_path / "far", base_name="toy", task_type="CAUSAL_LM")
+    words = ["import", tmp_path / "far", "--user", "eve", "--base", finished.base_folder]
+    assert fedia3(*words, "--at", copied) == 0
+    assert "rounded in their last place" in capfd.readouterr().out
+    with Registry.open(copied) as registry:
+        served = registry.resolve("eve", schema).adapter.vector
+    np.testing.assert_allclose(served, scales.vector, rtol=0, atol=6e-8)
+
+
+def _renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+
+
+def _without_first(tensors: dict[str, Any]) -> dict[str, Any]:
+    return dict(list(tensors.items())[1:])
+
+
+def _with_another(tensors: dict[str, Any]) -> dict[str, Any]:
+    return tensors | {"base_model.model.lm_head.ia3_l": np.ones((3, 1), np.float32)}
+
+
+def _turned(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {key: np.ascontiguousarray(value.T) for key, value in tensors.items()}
+
+
+def _with_nan(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {key: np.full_like(value, np.nan) for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_renamed, "another prefix"),
+        (_without_first, "1 tensors are missing"),
+        (_with_another, "1 tensors are in no target"),
+        (_turned, "expected shape"),
+        (_with_nan, "not finite"),
+    ],
+)
+@pytest.mark.parametrize("whose", [["--global"], ["--user", "ann"]], ids=["global", "user"])
+def test_a_folder_that_does_not_fit_is_refused_to_the_last_key(
+    damage: Callable[[dict[str, Any]], dict[str, Any]],
+    message: str,
+    whose: list[str],
+    fedia3: Command,
+    copied: Path,
+    toy_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """
+    Each fault has its words, and nothing is published.
+    """
+    here = ["--base", toy_folder, "--at", copied]
+    assert fedia3("export", "ann", "--out", tmp_path / "ann", *here) == 0
+    file = tmp_path / "ann" / "adapter_model.safetensors"
+    save_file(damage(load_file(file)), file)
+    owner = Owner.everyone() if whose == ["--global"] else Owner.user("ann")
+    with Registry.open(copied) as registry:
+        before = registry.versions(owner, registry.base_of(owner))
+    assert fedia3("import", tmp_path / "ann", *whose, *here) == 3
+    assert message in capfd.readouterr().err
+    with Registry.open(copied) as registry:
+        assert registry.versions(owner, registry.base_of(owner)) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["import", "none"], 3, "--user NAME or --global"),
+        (["import", "none", "--user", "ann", "--global"], 3, "--user NAME or --global"),
+        (["import", "none", "--global"], 3, "cannot read none/adapter_config.json"),
+        (["export", "ann", "--out", "o", "--dtype", "float16"], 3, "--dtype is for --merged"),
+        (["export", "ann@9", "--out", "o"], 4, "no version 9"),
+    ],
+)
+def test_mistakes_in_moving_folders_are_said(
+    words: list[str],
+    code: int,
+    message: str,
+    fedia3: Command,
+    at: Path,
+    toy_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """
+    Whose it is, where it lies, what it should become.
+    """
+    monkeypatch.chdir(tmp_path)
+    assert fedia3(*words, "--base", toy_folder, "--at", at) == code
+    assert message in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merged_model_answers_as_the_adapter_does(
+    fedia3: Command, at: Path, finished: Run, tmp_path: Path
+) -> None:
+    """
+    Plain transformers, a folder without fedia3 in it: ann's likeliest next token is the same.
+    """
+    out = tmp_path / "merged"
+    words = ["export", "ann", "--merged", "--dtype", "float16", "--out", out]
+    assert fedia3(*words, "--base", finished.base_folder, "--at", at) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16).float()
+    tokens = AutoTokenizer.from_pretrained(out)("aaab aa", return_tensors="pt").input_ids
+    with torch.no_grad():
+        merged = model(tokens).logits
+    base = load(finished.base_folder)
+    bank = IA3Bank(base.model, base.schema)
+    bank.load([finished.adapter("ann").adapter.vector])
+    with torch.no_grad(), bank.using(torch.tensor([0])):
+        served = base.model(tokens).logits
+    with torch.no_grad():
+        bare = base.model(tokens).logits
+    assert (merged - served).abs().max() < 0.1 * (bare - served).abs().max()
 
 
 def _draft_of(part: PersonalAdapter) -> AdapterDraft:

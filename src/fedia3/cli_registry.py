@@ -1,6 +1,8 @@
 """``fedia3 registry``: what a registry holds, for who looks after it, on the machine it lies on."""
 
+import json
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +10,11 @@ import typer
 from rich.markup import escape
 
 from fedia3.console import Json, out, print_json
-from fedia3.errors import BadAdapter, NotFound, WrongBaseModel
+from fedia3.errors import BadAdapter, BadSetting, NotFound, WrongBaseModel
 
 if TYPE_CHECKING:
     from fedia3.adapters.adapter import Adapter
+    from fedia3.adapters.dial import Alpha
     from fedia3.adapters.manifest import Manifest
     from fedia3.coordinator.records import AdapterRecord, Owner
     from fedia3.coordinator.registry import Registry
@@ -57,6 +60,29 @@ BaseModel = Annotated[
         show_default="the one that the versions are for",
     ),
 ]
+COMPOSED = "fedia3.composed"  # in a PEFT folder's metadata: what it was made of
+
+
+class Operation(StrEnum):
+    """How several adapters become one."""
+
+    product = "product"
+    sum = "sum"
+    interpolate = "interpolate"
+
+
+class Space(StrEnum):
+    """Where the way between two adapters is straight."""
+
+    vector = "vector"
+    log = "log"
+
+
+class Dtype(StrEnum):
+    """How a merged model's weights are written."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @registry_app.command()
@@ -125,6 +151,159 @@ def diff(
         )
     if png is not None:
         out.print(f"drawn in {escape(str(png))}")
+
+
+@registry_app.command()
+def compose(
+    names: Annotated[list[str], typer.Argument(metavar="VERSION...", help=VERSION_HELP)],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    operation: Annotated[
+        Operation,
+        typer.Option(
+            "--op",
+            help="product: ∏ g_i. sum: 1 + Σ w_i (g_i − 1). interpolate: from the first (alpha 0) "
+            "to the second (alpha 1).",
+        ),
+    ],
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="interpolate: how far; sum: a weight w_i, given once for each version. A number, "
+            "or k=1,v=0.5,ff=0 by kind, or layer:0-3=1,layer:4-7=0.2 by layer.",
+            show_default="0.5 for interpolate, 1 for each of a sum",
+        ),
+    ] = None,
+    space: Annotated[
+        Space,
+        typer.Option(help="interpolate: (1−α) a + α b, or in log space a^(1−α) b^α, which is "
+                     "defined only for positive scales."),
+    ] = Space.vector,
+    base: BaseModel = None,
+    at: At = Path(),
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make one adapter of several versions and write it as a PEFT folder.
+
+    A user's version counts on the global version that it was trained on. The folder's metadata
+    name the versions' digests; [bold]fedia3 registry import[/bold] publishes it.
+
+    [bold]fedia3 registry compose everyone alice --op interpolate --alpha 0.5 --out half[/bold]
+    """
+    from fedia3.adapters.dial import parse_alpha  # noqa: PLC0415  # --help stays fast
+    from fedia3.adapters.peft_folder import write_peft_folder_for  # noqa: PLC0415  # as above
+
+    alphas = [parse_alpha(text) for text in alpha or ()]
+    with open_registry(at) as registry:
+        versions = named_versions(registry, names, base)
+    adapter = _composed(versions.adapters, operation, alphas, space)
+    made = {
+        "op": operation.value,
+        "of": [record.digest for record in versions.records],
+        "alpha": [str(each) for each in alphas],
+        "space": space.value,
+    }
+    write_peft_folder_for(
+        versions.base,
+        adapter,
+        out_folder,
+        base_name=str(versions.folder),
+        notes={COMPOSED: json.dumps(made)},
+    )
+    if as_json:
+        print_json({"folder": str(out_folder), **made})
+        return
+    listed = ", ".join(str(record) for record in versions.records)
+    out.print(f"{operation.value} of {escape(listed)}")
+    out.print(f"written to {escape(str(out_folder))}")
+
+
+@registry_app.command()
+def export(
+    version: Annotated[str, typer.Argument(help=VERSION_HELP)],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    merged: Annotated[
+        bool,
+        typer.Option(
+            "--merged", help="A whole model with the scales in its weights, for plain transformers."
+        ),
+    ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of a merged model's weights.", show_default="bfloat16"),
+    ] = None,
+    base: BaseModel = None,
+    at: At = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write a version as a PEFT folder, or merged into its base model.
+
+    A user's version counts on the global version that it was trained on.
+    """
+    if dtype is not None and not merged:
+        raise BadSetting("--dtype is for --merged; a PEFT folder's scales are float32")
+    with open_registry(at) as registry:
+        versions = named_versions(registry, [version], base)
+    (record,), (adapter,) = versions.records, versions.adapters
+    if merged:
+        from fedia3.adapters.merge import write_merged_folder  # noqa: PLC0415  # torch: seconds
+
+        chosen = dtype or Dtype.bfloat16
+        write_merged_folder(adapter, versions.folder, out_folder, chosen.value)
+    else:
+        from fedia3.adapters.peft_folder import write_peft_folder_for  # noqa: PLC0415  # as above
+
+        write_peft_folder_for(versions.base, adapter, out_folder, base_name=str(versions.folder))
+    if as_json:
+        print_json({"folder": str(out_folder), "merged": merged, "version": record_facts(record)})
+        return
+    out.print(escape(f"{record} written to {out_folder}"))
+
+
+@registry_app.command("import")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="PEFT folder of an IA3 adapter.")],
+    user: Annotated[
+        str | None,
+        typer.Option("--user", "-u", help="Publish it as this user's own.", show_default=False),
+    ] = None,
+    everyone: Annotated[
+        bool,
+        typer.Option(
+            "--global", help="Publish it as everyone's; rounds go on from their own state."
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="Base model on this machine that it is for: name, digest or folder.",
+            show_default="the one of everyone's versions",
+        ),
+    ] = None,
+    at: At = Path(),
+    as_json: Json = False,
+) -> None:
+    """Publish a PEFT folder as a new version.
+
+    A user's own is kept relative to everyone's latest version, to the bit where no scale is more
+    than double or less than half of everyone's.
+    """
+    if everyone == (user is not None):
+        raise BadSetting("say whose it is: --user NAME or --global, one of them")
+    from fedia3.adapters.manifest import read_manifest, schema  # noqa: PLC0415  # --help stays fast
+    from fedia3.adapters.peft_folder import read_peft_folder  # noqa: PLC0415  # as above
+
+    with open_registry(at) as registry:
+        wanted = base or registry.base_of(owner_of(None))
+        adapter = read_peft_folder(folder, schema(read_manifest(base_folder(wanted))))
+        record = _published(registry, adapter, user)
+        differs = registry.scales(record, adapter.schema) != adapter
+    if as_json:
+        print_json({"version": record_facts(record), "exact": not differs})
+        return
+    out.print(escape(f"published {record}, {record.digest[:12]}"))
+    if differs:
+        out.print("some scales are far from everyone's and were rounded in their last place")
 
 
 def open_registry(at: Path) -> "Registry":
@@ -216,6 +395,44 @@ def owner_of(user: str | None) -> "Owner":
 def record_facts(record: "AdapterRecord") -> dict[str, Any]:
     """For JSON."""
     return {**vars(record), "owner": {"kind": record.owner.kind, "name": record.owner.name}}
+
+
+def _composed(
+    adapters: "tuple[Adapter, ...]", operation: Operation, alphas: "list[Alpha]", space: Space
+) -> "Adapter":
+    from fedia3.adapters.arithmetic import (  # noqa: PLC0415  # --help stays fast
+        interpolate,
+        product,
+        sum_of_deltas,
+    )
+
+    if space is not Space.vector and operation is not Operation.interpolate:
+        raise BadSetting("--space is for --op interpolate")
+    if operation is Operation.product:
+        if alphas:
+            raise BadSetting("a product takes no --alpha; interpolate or sum instead")
+        return product(adapters)
+    if operation is Operation.sum:
+        return sum_of_deltas(adapters, alphas or [1.0] * len(adapters))
+    if len(adapters) != 2 or len(alphas) > 1:
+        raise BadSetting(
+            f"interpolate goes from one version to another by one --alpha, got {len(adapters)} "
+            f"versions and {len(alphas)} of it"
+        )
+    return interpolate(*adapters, alphas[0] if alphas else 0.5, space.value)
+
+
+def _published(registry: "Registry", adapter: "Adapter", user: str | None) -> "AdapterRecord":
+    """The adapter as everyone's new version, or as a user's on everyone's latest."""
+    from fedia3.adapters.adapter import PersonalAdapter  # noqa: PLC0415  # --help stays fast
+    from fedia3.adapters.arithmetic import relative_to  # noqa: PLC0415  # as above
+
+    if user is None:
+        return registry.publish_global(adapter)
+    everyone, global_adapter = registry.latest_global(adapter.schema)
+    delta = relative_to(adapter, global_adapter)
+    own = PersonalAdapter(adapter.schema, delta, everyone.digest)
+    return registry.publish_personal(user, own, num_examples=0)
 
 
 def _owners(registry: "Registry") -> "list[Owner]":
