@@ -176,6 +176,15 @@ def read_peft_folder(
     return Adapter(schema, require_scales(vector))
 
 
+def peft_notes(folder: Path, limits: Limits = PEFT_FILES) -> Mapping[str, str]:
+    """The metadata of a folder's file, ``notes`` of :func:`write_peft_folder` among them.
+
+    Raises:
+        BadAdapter: there is no well-formed file.
+    """
+    return checked_header(_read_file(folder / MODEL, limits), limits).metadata
+
+
 def _scaled_modules(schema: Schema) -> tuple[ScaledModule, ...]:
     """The schema's targets by module, in name order."""
     by_name = sorted(schema.targets, key=lambda target: target.name)

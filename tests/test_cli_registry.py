@@ -253,16 +253,22 @@ def test_what_was_exported_is_imported_and_exported_as_the_same_bytes(
     owner: str,
     fedia3: Command,
     copied: Path,
+    finished: Run,
     toy_folder: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """
-    Everyone's as everyone's and ann's as hers, each a new version with the same scales.
+    Everyone's as everyone's and ann's as hers, though everyone's went on in between; each is a
+    new version with the same scales, hers on the same global version.
     """
     here, folders = ["--base", toy_folder, "--at", copied], (tmp_path / "once", tmp_path / "again")
     assert fedia3("export", owner, "--out", folders[0], *here) == 0
     whose = ["--global"] if owner == "everyone" else ["--user", owner]
+    with Registry.open(copied) as registry:
+        # far enough that most of ann's scales could not be met to the bit from here
+        moved = np.linspace(5, 7, finished.schema.n_params)
+        registry.publish_global(Adapter(finished.schema, moved))
     capfd.readouterr()
     assert fedia3("import", folders[0], *whose, *here, "--json") == 0
     published = json.loads(capfd.readouterr().out)
@@ -279,6 +285,26 @@ def test_what_was_exported_is_imported_and_exported_as_the_same_bytes(
         base = registry.base_of(owners[owner == "ann"])
         newest, before, *_ = registry.versions(owners[owner == "ann"], base)
     assert (newest.version, newest.parent) == (before.version + 1, before.digest)
+    assert owner == "everyone" or newest.global_digest == before.global_digest
+
+
+def test_a_version_of_another_registry_is_kept_relative_to_everyones_latest_here(
+    fedia3: Command, at: Path, finished: Run, tmp_path: Path
+) -> None:
+    """
+    Nobody here published the global version that the folder names.
+    """
+    here = ["--base", finished.base_folder, "--at"]
+    assert fedia3("export", "ann", "--out", tmp_path / "ann", *here, at) == 0
+    schema, elsewhere = finished.schema, tmp_path / "elsewhere"
+    with Registry.open(elsewhere) as registry:
+        latest = registry.publish_global(Adapter.ones(schema))
+    assert fedia3("import", tmp_path / "ann", "--user", "ann", *here, elsewhere) == 0
+    with Registry.open(elsewhere) as registry:
+        served = registry.resolve("ann", schema)
+    assert served.record.global_digest == latest.digest
+    own = finished.adapter("ann").adapter.vector
+    np.testing.assert_allclose(served.adapter.vector, own, rtol=0, atol=1e-7)
 
 
 def test_an_own_adapter_is_imported_onto_everyones_latest(

@@ -1,6 +1,7 @@
 """``fedia3 registry``: what a registry holds, for who looks after it, on the machine it lies on."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -60,7 +61,9 @@ BaseModel = Annotated[
         show_default="the one that the versions are for",
     ),
 ]
-COMPOSED = "fedia3.composed"  # in a PEFT folder's metadata: what it was made of
+# Notes in a PEFT folder's metadata:
+COMPOSED = "fedia3.composed"  # what it was made of
+TRAINED_ON = "fedia3.global"  # digest of the global version that a user's own was trained on
 
 
 class Operation(StrEnum):
@@ -252,7 +255,14 @@ def export(
     else:
         from fedia3.adapters.peft_folder import write_peft_folder_for  # noqa: PLC0415  # as above
 
-        write_peft_folder_for(versions.base, adapter, out_folder, base_name=str(versions.folder))
+        trained_on = {TRAINED_ON: record.global_digest} if record.global_digest else {}
+        write_peft_folder_for(
+            versions.base,
+            adapter,
+            out_folder,
+            base_name=str(versions.folder),
+            notes=trained_on,
+        )
     if as_json:
         print_json({"folder": str(out_folder), "merged": merged, "version": record_facts(record)})
         return
@@ -285,18 +295,24 @@ def import_folder(
 ) -> None:
     """Publish a PEFT folder as a new version.
 
-    A user's own is kept relative to everyone's latest version, to the bit where no scale is more
-    than double or less than half of everyone's.
+    A user's own is kept relative to the global version that it was exported with, so that it is
+    exported as the same bytes again; any other folder relative to everyone's latest version.
     """
     if everyone == (user is not None):
         raise BadSetting("say whose it is: --user NAME or --global, one of them")
     from fedia3.adapters.manifest import read_manifest, schema  # noqa: PLC0415  # --help stays fast
-    from fedia3.adapters.peft_folder import read_peft_folder  # noqa: PLC0415  # as above
+    from fedia3.adapters.peft_folder import (  # noqa: PLC0415  # as above
+        peft_notes,
+        read_peft_folder,
+    )
 
     with open_registry(at) as registry:
         wanted = base or registry.base_of(owner_of(None))
         adapter = read_peft_folder(folder, schema(read_manifest(base_folder(wanted))))
-        record = _published(registry, adapter, user)
+        if user is None:
+            record = registry.publish_global(adapter)
+        else:
+            record = _published(registry, user, adapter, peft_notes(folder).get(TRAINED_ON))
         differs = registry.scales(record, adapter.schema) != adapter
     if as_json:
         print_json({"version": record_facts(record), "exact": not differs})
@@ -422,16 +438,20 @@ def _composed(
     return interpolate(*adapters, alphas[0] if alphas else 0.5, space.value)
 
 
-def _published(registry: "Registry", adapter: "Adapter", user: str | None) -> "AdapterRecord":
-    """The adapter as everyone's new version, or as a user's on everyone's latest."""
+def _published(
+    registry: "Registry", user: str, adapter: "Adapter", trained_on: str | None
+) -> "AdapterRecord":
+    """The adapter as a user's new version, on that global version or else the latest."""
     from fedia3.adapters.adapter import PersonalAdapter  # noqa: PLC0415  # --help stays fast
     from fedia3.adapters.arithmetic import relative_to  # noqa: PLC0415  # as above
 
-    if user is None:
-        return registry.publish_global(adapter)
-    everyone, global_adapter = registry.latest_global(adapter.schema)
-    delta = relative_to(adapter, global_adapter)
-    own = PersonalAdapter(adapter.schema, delta, everyone.digest)
+    schema = adapter.schema
+    everyone, global_adapter = registry.latest_global(schema)
+    if trained_on is not None:
+        with suppress(NotFound):  # it comes from another registry
+            everyone = registry.store.find_digest(owner_of(None), schema.base_digest, trained_on)
+            global_adapter = registry.scales(everyone, schema)
+    own = PersonalAdapter(schema, relative_to(adapter, global_adapter), everyone.digest)
     return registry.publish_personal(user, own, num_examples=0)
 
 
