@@ -48,6 +48,7 @@ def relative_to(adapter: Adapter, global_adapter: Adapter) -> Vector:
         BadAdapter: same base model, other targets.
     """
     delta = subtract(adapter, global_adapter)
+    # Where the delta is much larger than the scale, its rounding may end one step beside.
     for towards in (np.float32(-np.inf), np.float32(np.inf)):
         beside = np.nextafter(delta, towards)
         misses = global_adapter.vector + delta != adapter.vector

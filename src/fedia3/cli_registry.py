@@ -132,7 +132,7 @@ def diff(
 
     [bold]fedia3 registry diff everyone@1 everyone@latest --png moved.png[/bold]
     """
-    from fedia3.adapters.difference import differences, write_picture  # noqa: PLC0415  # as below
+    from fedia3.adapters.difference import differences, write_picture  # noqa: PLC0415  # fast --help
 
     with open_registry(at) as registry:
         versions = named_versions(registry, [left, right], base)
@@ -358,7 +358,7 @@ def named_versions(registry: "Registry", names: list[str], base: str | None) -> 
         WrongBaseModel: the versions are for different base models.
         BadAdapter: same base model, other targets.
     """
-    from fedia3.adapters.manifest import read_manifest, schema  # noqa: PLC0415  # as above
+    from fedia3.adapters.manifest import read_manifest, schema  # noqa: PLC0415  # --help stays fast
     from fedia3.coordinator.version_names import (  # noqa: PLC0415  # as above
         find_version,
         parse_version_name,
