@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedia3.adapters.dial import Alpha, alpha_values
 from fedia3.adapters.schema import Schema
 from fedia3.errors import BadAdapter, WrongBaseModel
 
@@ -60,10 +61,15 @@ class PersonalAdapter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "delta", checked_vector(self.schema, self.delta))
 
-    def on(self, global_adapter: Adapter, alpha: float = 1.0) -> Adapter:
-        """The effective adapter on ``global_adapter``; ``alpha`` 0 = global, 1 = personal."""
+    def on(self, global_adapter: Adapter, alpha: Alpha = 1.0) -> Adapter:
+        """The effective adapter on ``global_adapter``; ``alpha`` 0 = global, 1 = personal.
+
+        Raises:
+            BadSetting: the dial ``alpha`` does not fit the schema.
+        """
         require_same_schema(self.schema, global_adapter.schema)
-        return Adapter(self.schema, global_adapter.vector + np.float32(alpha) * self.delta)
+        dialled = alpha_values(alpha, self.schema).astype(np.float32) * self.delta
+        return Adapter(self.schema, global_adapter.vector + dialled)
 
 
 def checked_vector(schema: Schema, vector: NDArray[np.generic]) -> Vector:

@@ -1,11 +1,20 @@
-"""Arithmetic on adapters: the difference that travels, the mean of a cohort, a way between two."""
+"""Arithmetic on adapters: the difference that travels, the mean of a cohort, several as one.
 
-from collections.abc import Iterable
+Whatever makes one adapter of several is computed in float64 and rounded once.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedia3.adapters.adapter import Adapter, Vector, checked_vector, require_same_schema
-from fedia3.errors import BadAdapter, BadInput
+from fedia3.adapters.dial import Alpha, alpha_values
+from fedia3.adapters.schema import Schema
+from fedia3.errors import BadAdapter, BadInput, BadSetting
+
+Space = Literal["vector", "log"]
 
 
 def subtract(after: Adapter, before: Adapter) -> Vector:
@@ -28,28 +37,78 @@ def add(adapter: Adapter, delta: Vector) -> Adapter:
     return Adapter(adapter.schema, adapter.vector + checked_vector(adapter.schema, delta))
 
 
-def interpolate(a: Adapter, b: Adapter, alpha: float) -> Adapter:
-    """The point on the line from ``a`` (``alpha`` 0) to ``b`` (``alpha`` 1), exact at both ends.
+def relative_to(adapter: Adapter, global_adapter: Adapter) -> Vector:
+    """The delta ``(n_params,)`` that, added to the global adapter in float32, gives the adapter.
+
+    To the last bit where a scale is half to double its global one, or came of such a sum before.
+    Others may have bits that no sum has: they are met within a rounding of delta and sum.
 
     Raises:
         WrongBaseModel: the adapters belong to different base models.
         BadAdapter: same base model, other targets.
     """
-    require_same_schema(a.schema, b.schema)
-    # In float64: with float32 factors, 0.3 * x + 0.7 * x would not give x back.
-    mixed = (1.0 - alpha) * a.vector.astype(np.float64) + alpha * b.vector.astype(np.float64)
-    return Adapter(a.schema, mixed.astype(np.float32))
+    delta = subtract(adapter, global_adapter)
+    # Where the delta is much larger than the scale, its rounding may end one step beside.
+    for towards in (np.float32(-np.inf), np.float32(np.inf)):
+        beside = np.nextafter(delta, towards)
+        misses = global_adapter.vector + delta != adapter.vector
+        hits = global_adapter.vector + beside == adapter.vector
+        delta = np.where(misses & hits, beside, delta)
+    return delta
 
 
-def compose(a: Adapter, b: Adapter) -> Adapter:
-    """Both adapters at once: IA3 scales multiply, so their elementwise product.
+def product(adapters: Sequence[Adapter]) -> Adapter:
+    """All adapters at once: IA3 scales multiply, ``∏ g_i`` elementwise.
+
+    Raises:
+        BadInput: there is no adapter.
+        WrongBaseModel: the adapters belong to different base models.
+        BadAdapter: same base model, other targets, or the product is not finite.
+    """
+    schema = _one_schema(adapters)
+    with np.errstate(over="ignore"):  # said by _rounded, with a number
+        return _rounded(schema, np.prod([_wide(each) for each in adapters], axis=0))
+
+
+def sum_of_deltas(adapters: Sequence[Adapter], weights: Sequence[Alpha]) -> Adapter:
+    """What each adapter does to the base model, added: ``1 + Σ w_i (g_i - 1)``.
+
+    Raises:
+        BadInput: there is no adapter.
+        BadSetting: there is not one weight for each adapter, or a weight does not fit the schema.
+        WrongBaseModel: the adapters belong to different base models.
+        BadAdapter: same base model, other targets, or the sum is not finite.
+    """
+    schema = _one_schema(adapters)
+    if len(weights) != len(adapters):
+        raise BadSetting(f"expected {len(adapters)} weights, one an adapter, got {len(weights)}")
+    with np.errstate(over="ignore", invalid="ignore"):  # as in product
+        moves = [
+            alpha_values(weight, schema) * (_wide(each) - 1)
+            for each, weight in zip(adapters, weights, strict=True)
+        ]
+        return _rounded(schema, 1 + np.sum(moves, axis=0))
+
+
+def interpolate(a: Adapter, b: Adapter, alpha: Alpha, space: Space = "vector") -> Adapter:
+    """The point between ``a`` (``alpha`` 0) and ``b`` (``alpha`` 1), exact at both ends.
+
+    In vector space ``(1 - α) a + α b``; in log space ``a^(1 - α) b^α``, so that half of the way to
+    a doubled scale is the square root of two.
 
     Raises:
         WrongBaseModel: the adapters belong to different base models.
-        BadAdapter: same base model, other targets.
+        BadAdapter: same base model, other targets, the point is not finite, or, in log space, a
+            scale of either is zero or negative: it has no logarithm.
+        BadSetting: the dial ``alpha`` does not fit the schema, or there is no such space.
     """
-    require_same_schema(a.schema, b.schema)
-    return Adapter(a.schema, a.vector * b.vector)
+    schema, share = _one_schema((a, b)), alpha_values(alpha, a.schema)
+    if space not in get_args(Space):
+        raise BadSetting(f"the space is one of {get_args(Space)}, got {space!r}")
+    with np.errstate(over="ignore", invalid="ignore"):  # as in product
+        if space == "vector":
+            return _rounded(schema, (1 - share) * _wide(a) + share * _wide(b))
+        return _rounded(schema, np.exp((1 - share) * _log(a) + share * _log(b)))
 
 
 def weighted_mean(pairs: Iterable[tuple[Vector, float]]) -> Vector:
@@ -84,3 +143,31 @@ def l2_norm(vector: Vector) -> float:
 def max_abs(vector: Vector) -> float:
     """The largest magnitude among a delta's entries."""
     return float(np.max(np.abs(vector)))
+
+
+def _one_schema(adapters: Sequence[Adapter]) -> Schema:
+    """The schema that all of them have."""
+    if not adapters:
+        raise BadInput("expected at least one adapter, got none")
+    for other in adapters[1:]:
+        require_same_schema(adapters[0].schema, other.schema)
+    return adapters[0].schema
+
+
+def _wide(adapter: Adapter) -> NDArray[np.float64]:
+    return adapter.vector.astype(np.float64)
+
+
+def _log(adapter: Adapter) -> NDArray[np.float64]:
+    for key, part in adapter.schema.slices.items():
+        if (lowest := float(adapter.vector[part].min())) <= 0:
+            raise BadAdapter(
+                f"{key} holds the scale {lowest:g}, and log space is defined only for positive "
+                "scales; interpolate in vector space"
+            )
+    return np.log(_wide(adapter))
+
+
+def _rounded(schema: Schema, scales: NDArray[np.float64]) -> Adapter:
+    with np.errstate(over="ignore"):  # the adapter counts and refuses them
+        return Adapter(schema, scales.astype(np.float32))

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,8 +309,31 @@ def load(
     manifest = read_manifest(folder)
     verify(folder, manifest)
     fits = memory_budget is None or decoded_size(folder, dtype) <= memory_budget
+    if not fits:
+        return _loaded(folder, manifest, _four_bit_model, "4bit")
+    return _loaded(folder, manifest, lambda folder: _decoded_model(folder, dtype), "dequantized")
+
+
+def load_plain(folder: Path) -> BaseModel:
+    """A base model as transformers itself would have it, decoded to float32.
+
+    Errors as :func:`load`. GPT-2 keeps its ``Conv1D`` here: saved, it is a GPT-2 again.
+    """
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    return _loaded(
+        folder, manifest, lambda folder: _plain_model(folder, torch.float32)[:2], "dequantized"
+    )
+
+
+def _loaded(
+    folder: Path,
+    manifest: Manifest,
+    read: Callable[[Path], tuple[Any, Any]],
+    weights: Weights,
+) -> BaseModel:
     with quiet():
-        model, report = _decoded_model(folder, dtype) if fits else _four_bit_model(folder)
+        model, report = read(folder)
         tokenizer = _tokenizer(folder)
     if report["missing_keys"]:
         raise Corrupt(f"{manifest.name} lacks weights: {sorted(report['missing_keys'])}")
@@ -319,7 +342,7 @@ def load(
         tokenizer=tokenizer,
         manifest=manifest,
         schema=schema(manifest),
-        weights="dequantized" if fits else "4bit",
+        weights=weights,
         pretraining_users=_pretraining_users(folder, manifest),
     )
 
@@ -364,6 +387,14 @@ def decoded_size(folder: Path, dtype: torch.dtype) -> int:
 
 
 def _decoded_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    model, report, transposed = _plain_model(folder, dtype)
+    for module in transposed:
+        model.set_submodule(module, _as_linear(model.get_submodule(module)))
+    return model, report
+
+
+def _plain_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
+    """The decoded model, transformers' report of loading it, and which modules are ``Conv1D``."""
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
@@ -381,13 +412,11 @@ def _decoded_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         attn_implementation=ATTENTION,
         output_loading_info=True,
     )
-    for module in transposed:
-        model.set_submodule(module, _as_linear(model.get_submodule(module)))
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(
             folder, local_files_only=True
         )
-    return model, report
+    return model, report, transposed
 
 
 def _four_bit_model(folder: Path) -> tuple[Any, Any]:

@@ -118,7 +118,7 @@ def require_scales(scales: Vector) -> Vector:
     Raises:
         BadAdapter: a scale is not finite or beyond ±100, or all vanish (which silences the model).
     """
-    _require_moderate(scales)
+    _require_moderate(scales)  # first: NaN is above nothing, and would be called zero
     if not (np.abs(scales) >= SMALLEST_NORMAL).any():
         raise BadAdapter("every scale is zero or subnormal, which silences the model; 1 = the base")
     return scales

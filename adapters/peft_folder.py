@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fedia3.adapters.adapter import Adapter, Vector
 from fedia3.adapters.encoding import require_keys, require_scales
+from fedia3.adapters.manifest import Manifest
 from fedia3.adapters.safetensors_header import (
     PEFT_FILES,
     Header,
@@ -83,6 +84,31 @@ def task_type_of(architecture: str) -> TaskType:
     )
 
 
+def write_peft_folder_for(
+    base: Manifest,
+    adapter: Adapter,
+    folder: Path,
+    *,
+    base_name: str,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """:func:`write_peft_folder` for an adapter of this base model.
+
+    Raises:
+        BadSetting: the base is no language model and no classifier.
+        BadInput, BadAdapter: as above.
+    """
+    architecture = base.created_from.architecture
+    write_peft_folder(
+        adapter,
+        folder,
+        base_name=base_name,
+        task_type=task_type_of(architecture),
+        fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
+        notes=notes,
+    )
+
+
 def write_peft_folder(
     adapter: Adapter,
     folder: Path,
@@ -90,15 +116,17 @@ def write_peft_folder(
     base_name: str,
     task_type: TaskType,
     fan_in_fan_out: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write what ``peft.PeftModel.from_pretrained(base, folder)`` loads, replacing an older export.
 
     ``base_name`` is the base model's path or hub name, for the config. ``fan_in_fan_out`` is true
     where the projections are transformers' ``Conv1D`` (GPT-2). Where keys and values share a
-    projection with queries, the queries' scales are ones.
+    projection with queries, the queries' scales are ones. ``notes`` are lines of our own in the
+    metadata, which PEFT passes over.
 
     Raises:
-        BadInput: the folder holds other things than a PEFT adapter.
+        BadInput: the folder holds other things than a PEFT adapter, or the notes are too long.
         BadAdapter: a module would need two vectors, which PEFT cannot say, or the values are
             such that no reader would take them.
     """
@@ -106,7 +134,9 @@ def write_peft_folder(
     require_scales(adapter.vector)
     config = _config(modules, base_name, task_type, fan_in_fan_out)
     tensors = [(module.key, _peft_tensor(module, adapter)) for module in modules]
-    metadata = {"format": "pt", BASE_DIGEST: adapter.schema.base_digest}
+    metadata = {**(notes or {}), "format": "pt", BASE_DIGEST: adapter.schema.base_digest}
+    if (size := len(json.dumps(metadata))) > PEFT_FILES.max_metadata_bytes:
+        raise BadInput(f"notes take {size} bytes, readers take {PEFT_FILES.max_metadata_bytes}")
     _require_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # The config last: without it, what a crash leaves behind does not load.
@@ -144,6 +174,15 @@ def read_peft_folder(
         for target in module.targets:
             vector[schema.slices[target.key]] = scales[module.positions(target)]
     return Adapter(schema, require_scales(vector))
+
+
+def peft_notes(folder: Path, limits: Limits = PEFT_FILES) -> Mapping[str, str]:
+    """The metadata of a folder's file, ``notes`` of :func:`write_peft_folder` among them.
+
+    Raises:
+        BadAdapter: there is no well-formed file.
+    """
+    return checked_header(_read_file(folder / MODEL, limits), limits).metadata
 
 
 def _scaled_modules(schema: Schema) -> tuple[ScaledModule, ...]:

@@ -7,6 +7,7 @@ projection's output, scales of the feed-forward act on the down projection's inp
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -18,6 +19,8 @@ from fedia3.errors import BadAdapter
 
 Kind = Literal["k", "v", "ff"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_LAYER = re.compile(r"(?:^|(.*?)\.)(\d{1,6})(?:\.|$)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ class Target:
     def key(self) -> str:
         """The tensor's name in our files; unique in a schema, fused keys and values apart."""
         return f"{self.name}.{self.kind}"
+
+    @property
+    def layer(self) -> tuple[str, int] | None:
+        """Its stack and its number there, as ``("model.layers", 3)``; None outside of layers."""
+        found = _LAYER.match(self.name)
+        return (found[1] or "", int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from google.protobuf.message import Message
 from fedia3.adapters import encoding, manifest
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.base_store import BaseEntry, BaseStore, default_home
+from fedia3.adapters.dial import Alpha
 from fedia3.adapters.manifest import Manifest
-from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
+from fedia3.adapters.peft_folder import write_peft_folder_for
 from fedia3.adapters.schema import Schema
 from fedia3.client.base_download import BaseDownload, Progress
 from fedia3.client.cache import AdapterCache, Good, checked
@@ -300,7 +301,7 @@ class Coordinator:
             logger.warning("going on with %s: %s", good.version, error)
             return Fetched(good.version, good.data, fallback=str(error))
 
-    def served(self, user: str | None = None, alpha: float = 1.0, which: Which = LATEST) -> Served:
+    def served(self, user: str | None = None, alpha: Alpha = 1.0, which: Which = LATEST) -> Served:
         """What a user is served, by default the device's: ``alpha`` 0 is the global adapter alone.
 
         A part that only this device has counts where it is newer than the shared one.
@@ -310,6 +311,7 @@ class Coordinator:
 
         Raises:
             NotFound: there is no global adapter yet, no such alias, or it is another user's device.
+            BadSetting: the dial ``alpha`` does not fit the base model's schema.
         """
         whose = self._whose(user)
         everyone = self._found(None) if which == LATEST else self.fetch(None, which)
@@ -341,7 +343,7 @@ class Coordinator:
         self,
         out: Path,
         user: str | None = None,
-        alpha: float = 1.0,
+        alpha: Alpha = 1.0,
         which: Which = LATEST,
     ) -> Served:
         """Write what a user is served as a Hugging Face PEFT folder; see :meth:`served`.
@@ -352,14 +354,7 @@ class Coordinator:
             BadInput: ``out`` holds something else than an adapter.
         """
         served, base = self.served(user, alpha, which), self.manifest()
-        architecture = base.created_from.architecture
-        write_peft_folder(
-            served.adapter,
-            out,
-            base_name=self._base_name(base),
-            task_type=task_type_of(architecture),
-            fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
-        )
+        write_peft_folder_for(base, served.adapter, out, base_name=self._base_name(base))
         return served
 
     def versions(self, user: str | None = None) -> Iterator[AdapterVersion]:
@@ -667,7 +662,7 @@ def _named(which: Which) -> Mapping[str, Any]:
 def _with(
     served: Served,
     part: PersonalAdapter,
-    alpha: float,
+    alpha: Alpha,
     *,
     personal: AdapterVersion | None = None,
     unshared: KeptPart | None = None,

@@ -14,6 +14,7 @@ from typing import Self
 
 from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
+from fedia3.adapters.dial import Alpha
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.blobs import BlobStore, FileBlobs, MemoryBlobs
 from fedia3.coordinator.records import (
@@ -305,7 +306,7 @@ class Registry:
         return record, encoding.decode(data, schema)
 
     def resolve(
-        self, user: str, schema: Schema, alpha: float = 1.0, which: Which = LATEST
+        self, user: str, schema: Schema, alpha: Alpha = 1.0, which: Which = LATEST
     ) -> Effective:
         """What this user is served: ``global + alpha * delta``, by default on the newest global.
 
@@ -316,6 +317,7 @@ class Registry:
 
         Raises:
             NotFound: there is no global adapter for this base yet, or no such alias.
+            BadSetting: the dial ``alpha`` does not fit the schema.
             Corrupt: the bytes of either part are damaged or gone.
         """
         everyone, global_adapter = self.global_adapter(schema, which)
@@ -325,6 +327,20 @@ class Registry:
             return Effective(global_adapter, everyone, personal=None)
         personal = encoding.decode_personal(data, schema)
         return Effective(personal.on(global_adapter, alpha), everyone, record)
+
+    def scales(self, record: AdapterRecord, schema: Schema) -> Adapter:
+        """A version's scales; a user's own part counts on the global version it was trained on.
+
+        Raises:
+            WrongBaseModel: the version is for another base model than the schema.
+            Corrupt: its bytes, or those of that global version, are damaged or gone.
+        """
+        data = self.read(record)
+        if record.form == "adapter":
+            return encoding.decode(data, schema)
+        personal = encoding.decode_personal(data, schema)
+        trained_on = self.read(self._global_version(personal))
+        return personal.on(encoding.decode(trained_on, schema))
 
     def size(self, record: AdapterRecord) -> int:
         """Bytes of a version's file.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fedia3.adapters import manifest
 from fedia3.adapters.base_store import BaseStore
-from fedia3.adapters.peft_folder import task_type_of, write_peft_folder
+from fedia3.adapters.dial import Alpha
+from fedia3.adapters.peft_folder import write_peft_folder_for
 from fedia3.adapters.schema import Schema
 from fedia3.coordinator.records import LATEST, AdapterRecord, Owner
 from fedia3.coordinator.registry import Effective, Registry, Which
@@ -88,7 +89,7 @@ class Run:
         trained = {result.user for result in self.report.users}
         return sorted(trained | set(self.report.facts.too_small))
 
-    def adapter(self, user: str, alpha: float = 1.0, which: Which = LATEST) -> Effective:
+    def adapter(self, user: str, alpha: Alpha = 1.0, which: Which = LATEST) -> Effective:
         """What ``user`` is served; ``alpha`` 0 is the global adapter, 1 their own.
 
         Args:
@@ -111,7 +112,7 @@ class Run:
                 for record in reversed(registry.versions(owner, self.schema.base_digest))
             ]
 
-    def save(self, user: str, out: Path, alpha: float = 1.0, which: Which = LATEST) -> Effective:
+    def save(self, user: str, out: Path, alpha: Alpha = 1.0, which: Which = LATEST) -> Effective:
         """Write what ``user`` is served as a Hugging Face PEFT folder; see :meth:`adapter`.
 
         Raises:
@@ -119,18 +120,12 @@ class Run:
             BadInput: ``out`` holds something else than an adapter.
         """
         served = self.adapter(user, alpha, which)
-        architecture = manifest.read_manifest(self.base_folder).created_from.architecture
-        write_peft_folder(
-            served.adapter,
-            out,
-            base_name=str(self.base_folder),
-            task_type=task_type_of(architecture),
-            fan_in_fan_out=architecture.startswith("GPT2"),  # its projections are Conv1D
-        )
+        base = manifest.read_manifest(self.base_folder)
+        write_peft_folder_for(base, served.adapter, out, base_name=str(self.base_folder))
         return served
 
     def generate(
-        self, user: str, prompt: str, sampling: "Sampling | None" = None, alpha: float = 1.0
+        self, user: str, prompt: str, sampling: "Sampling | None" = None, alpha: Alpha = 1.0
     ) -> str:
         """What ``user``'s model writes after ``prompt``.
 

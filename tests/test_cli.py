@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import typer
 
 from fedia3 import __version__, cli
+from fedia3.adapters.adapter import Adapter
 from fedia3.adapters.base_model import quiet
+from fedia3.adapters.peft_folder import read_peft_folder
 from fedia3.simulations.run import Run
 from fedia3.simulations.settings import RunFolder, Settings
 from fedia3.testing import byte_tokenizer, tiny_model
@@ -159,6 +162,27 @@ def test_fetch_writes_a_peft_folder_and_says_what_it_is(
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_fetch_dials_by_kind_and_by_layer(fedia3: Command, finished: Run, tmp_path: Path):
+    """
+    ann's own keys on everyone's values and feed-forward; her own second layer on everyone's first.
+    """
+
+    def fetched(alpha: str) -> Adapter:
+        folder = tmp_path / alpha
+        run = finished.folder.path
+        assert fedia3("fetch", "-u", "ann", "--run", run, "-o", folder, "--alpha", alpha) == 0
+        return read_peft_folder(folder, finished.schema)
+
+    everyones, own = (finished.adapter("ann", alpha).adapter for alpha in (0, 1))
+    keys, second = fetched("k=1,v=0,ff=0"), fetched("layer:0=0,layer:1=1")
+    for target in finished.schema.targets:
+        from_keys, from_second = target.kind == "k", target.layer == ("model.layers", 1)
+        for found, is_own in ((keys, from_keys), (second, from_second)):
+            expected = (own if is_own else everyones).scales(target.key)
+            assert np.array_equal(found.scales(target.key), expected)
+        assert not np.array_equal(own.scales(target.key), everyones.scales(target.key))
 
 
 def test_fetch_says_who_is_served_the_global(
@@ -323,6 +347,8 @@ def test_too_few_people_are_bad_input(
         (["simulate", "--nonsense"], 2),
         (["simulate", "--rounds", "many"], 2),
         (["fetch", "--user", "ann"], 2),
+        (["fetch", "--user", "ann", "--out", "o", "--alpha", "k=1,q=2"], 3),
+        (["generate", "hi", "--user", "ann", "--alpha", "half"], 3),
         (["simulate", "--rounds", "0"], 3),
         (["simulate", "--seeds", "0"], 3),
         (["simulate", "--learning-rate", "7"], 3),

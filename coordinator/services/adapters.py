@@ -192,20 +192,14 @@ class AdaptersService:
             raise WrongBaseModel(str(error)) from error
 
     def _scales(self, owner: Owner, schema: Schema, which: Which) -> Adapter:
-        record, data = self._registry.fetch(owner, schema.base_digest, which)
-        if record.form == "adapter":
-            return encoding.decode(data, schema)
-        personal = encoding.decode_personal(data, schema)
-        return personal.on(self._trained_on(personal))
+        record = self._registry.find(owner, schema.base_digest, which)
+        return self._registry.scales(record, schema)
 
     def _trained_on(self, personal: PersonalAdapter) -> Adapter:
         """The global version that a user's own part is relative to."""
         everyone, schema = Owner.everyone(), personal.schema
-        found = self._registry.store.find_digest(
-            everyone, schema.base_digest, personal.global_digest
-        )
-        _, data = self._registry.fetch(everyone, schema.base_digest, found.version)
-        return encoding.decode(data, schema)
+        found = self._registry.find(everyone, schema.base_digest, personal.global_digest)
+        return self._registry.scales(found, schema)
 
     def _signed(self, record: AdapterRecord, which: Which, revision: int) -> pb.SignedRecord:
         is_named = isinstance(which, int) or is_digest(which)

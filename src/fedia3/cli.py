@@ -71,7 +71,11 @@ SeedOption = Annotated[
 ]  # fmt: skip
 UserOption = Annotated[str, typer.Option("--user", "-u", help="Whose adapter.")]
 Alpha = Annotated[
-    float, typer.Option(help="How personal: 0 is the global adapter, 1 the user's own.")
+    str,
+    typer.Option(
+        help="How personal: 0 is the global adapter, 1 the user's own. By kind: k=1,v=0.5,ff=0; "
+        "by layer: layer:0-3=1,layer:4-7=0.2."
+    ),
 ]
 
 
@@ -222,7 +226,7 @@ def simulate(
 def fetch(
     user: UserOption,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    alpha: Alpha = 1.0,
+    alpha: Alpha = "1",
     everyones: Annotated[
         str, typer.Option("--global", help="On which of everyone's adapters: an alias or number.")
     ] = "latest",
@@ -250,16 +254,19 @@ def fetch(
 
     PEFT's [bold]PeftModel.from_pretrained(base, folder)[/bold] loads it.
     """
+    from fedia3.adapters.dial import parse_alpha  # noqa: PLC0415  # --help stays fast
+
+    dial = parse_alpha(alpha)
     source = _source(run, seed, state, coordinator, ca, token_file)
     which = int(everyones) if everyones.isdecimal() else everyones
     if source is not None:
         with source:
-            remote = source.save(out_folder, user, alpha, which)
+            remote = source.save(out_folder, user, dial, which)
             _tell_remote(remote, user, out_folder, as_json)
         return
     from fedia3.simulations.run import Run  # noqa: PLC0415  # --help stays fast
 
-    served = Run.open(run, seed).save(user, out_folder, alpha, which)
+    served = Run.open(run, seed).save(user, out_folder, dial, which)
     facts = {
         "user": user,
         "folder": str(out_folder),
@@ -287,17 +294,20 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
     sample: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    alpha: Alpha = 1.0,
+    alpha: Alpha = "1",
     run: RunOption = None,
     seed: SeedOption = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text in a user's manner."""
+    from fedia3.adapters.dial import parse_alpha  # noqa: PLC0415  # --help stays fast
+
+    dial = parse_alpha(alpha)
     from fedia3.client.generation import Sampling  # noqa: PLC0415  # torch: seconds
     from fedia3.simulations.run import Run  # noqa: PLC0415  # as above
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=sample)
-    text = Run.open(run, seed).generate(user, prompt, sampling, alpha)
+    text = Run.open(run, seed).generate(user, prompt, sampling, dial)
     if as_json:
         print(json.dumps({"user": user, "prompt": prompt, "completion": text}))
     else:

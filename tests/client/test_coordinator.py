@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.base_store import BaseStore
+from fedia3.adapters.dial import Dial
 from fedia3.adapters.manifest import schema
 from fedia3.adapters.peft_folder import read_peft_folder
 from fedia3.client.coordinator import Coordinator
@@ -222,6 +223,8 @@ def test_an_own_part_is_served_on_the_newest_global(service: RunningService, ann
     assert np.array_equal(served.adapter.vector, np.full(5, 2.5, np.float32))
     assert np.array_equal(ann.served(alpha=0.5).adapter.vector, np.full(5, 2.25, np.float32))
     assert np.array_equal(ann.served(alpha=0).adapter.vector, np.full(5, 2.0, np.float32))
+    keys = ann.served(alpha=Dial((("k", 1.0), ("ff", 0.0))))
+    assert keys.adapter.vector.tolist() == [2.5, 2.5, 2.0, 2.0, 2.0]
 
 
 def test_who_has_no_own_part_is_served_the_global(service: RunningService, ann: Coordinator):
