@@ -7,7 +7,8 @@ load, whatever the busy timeout), and readers on connections that cannot write.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ _DURABLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
 _WRITER = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = ON", "PRAGMA secure_delete = ON")
 _READER = (_WAIT, "PRAGMA query_only = ON")
 _MIGRATOR = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = OFF")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
 
 
 class Table(DeclarativeBase):
@@ -82,6 +87,16 @@ class Database:
         with _translated(self._url), self._reader.begin() as connection:
             yield connection
 
+    def empty_log(self) -> bool:
+        """Write the log's pages into the file and cut it, so that it holds nothing of the past.
+
+        Waits for readers up to five seconds; whether it was done.
+        """
+        with _translated(self._url), closing(self._writer.raw_connection()) as connection:
+            statement = "PRAGMA wal_checkpoint(TRUNCATE)"
+            (busy, _pages, _moved) = connection.cursor().execute(statement).fetchone()
+            return not busy
+
     def close(self) -> None:
         """Let go of the file."""
         self._reader.dispose()
@@ -97,6 +112,16 @@ class Database:
                     f"{self._url.database} has {len(broken)} rows that refer to nothing, first "
                     f"in table {broken[0][0]}; restore it from a backup"
                 )
+
+
+def to_ms(at: datetime) -> int:
+    """Milliseconds since 1970, as tables keep times."""
+    return (at - _EPOCH) // _MILLISECOND
+
+
+def from_ms(ms: int) -> datetime:
+    """UTC."""
+    return _EPOCH + ms * _MILLISECOND
 
 
 def _close_to_others(database: str) -> None:

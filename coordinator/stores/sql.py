@@ -1,7 +1,8 @@
 """The store that lasts: what the registry remembers, in SQLAlchemy tables."""
 
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from datetime import datetime
 from itertools import groupby
 from json import loads
 from pathlib import Path
@@ -37,9 +38,11 @@ from fedia3.coordinator.records import (
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    Tombstone,
     metrics_to_json,
 )
 from fedia3.coordinator.store import (
+    new_tombstone,
     no_digest,
     no_version,
     require_next_round,
@@ -47,10 +50,8 @@ from fedia3.coordinator.store import (
     require_same_bytes,
     require_user,
 )
-from fedia3.coordinator.stores.engine import Database, Table
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
+from fedia3.coordinator.stores import sql_tombstones
+from fedia3.coordinator.stores.engine import Database, Table, from_ms, to_ms
 
 
 class AdapterRow(Table):
@@ -153,7 +154,11 @@ class SqlStore:
         return cls(Database.url_of(path))
 
     def publish(
-        self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+        self,
+        draft: AdapterDraft,
+        at: datetime,
+        idem_key: str | None = None,
+        began_at: datetime | None = None,
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
         with self._database.writing() as connection:
@@ -161,6 +166,7 @@ class SqlStore:
                 published = _by_key(connection, draft, idem_key)
                 if published is not None:
                     return require_same_bytes(published, draft)
+            sql_tombstones.require_not_erased(connection, draft, idem_key, began_at)
             return _append(connection, draft, at, idem_key)[1]
 
     def commit_round(self, commit: RoundCommit, at: datetime) -> AdapterRecord:
@@ -174,7 +180,7 @@ class SqlStore:
                     adapter_id=adapter_id,
                     version=record.version,
                     metrics=metrics_to_json(commit.metrics),
-                    committed_ms=_to_ms(at),
+                    committed_ms=to_ms(at),
                 )
             )
             if commit.contributions:
@@ -233,23 +239,30 @@ class SqlStore:
             rows = connection.execute(query).all()
         return tuple(_adapter_record(row) for row in rows)
 
-    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
-        """See :meth:`fedia3.coordinator.store.Store.unshared`."""
-        mine = _line_ids(owner, base)
-        other = aliased(VersionRow)
-        shared = select(other.digest).where(
-            other.digest == VersionRow.digest, other.adapter_id.not_in(mine)
-        )
-        query = select(VersionRow.digest).where(VersionRow.adapter_id.in_(mine), ~shared.exists())
-        with self._database.reading() as connection:
-            return frozenset(connection.scalars(query))
-
-    def erase(self, owner: Owner, base: str | None = None) -> int:
+    def erase(
+        self, owner: Owner, base: str | None, at: datetime, remove: Callable[[str], None]
+    ) -> Tombstone:
         """See :meth:`fedia3.coordinator.store.Store.erase`."""
         require_user(owner)
-        query = delete(VersionRow).where(VersionRow.adapter_id.in_(_line_ids(owner, base)))
         with self._database.writing() as connection:
-            return connection.execute(query).rowcount
+            for digest in _unshared(connection, owner, base):
+                remove(digest)
+            versions = _erase_lines(connection, owner, base)
+            tombstone = new_tombstone(at, versions)
+            sql_tombstones.bury(connection, owner, tombstone, base)
+        return replace(tombstone, traceless=self._database.empty_log())
+
+    def accepted_from(self, clients: Collection[str]) -> tuple[int, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.accepted_from`."""
+        query = (
+            select(RoundRow.version)
+            .join(ContributionRow, ContributionRow.round_num == RoundRow.round_num)
+            .where(ContributionRow.client.in_(list(clients)), ContributionRow.verdict == "accepted")
+            .distinct()
+            .order_by(RoundRow.version)
+        )
+        with self._database.reading() as connection:
+            return tuple(connection.scalars(query))
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
@@ -281,6 +294,17 @@ class SqlStore:
         with self._database.reading() as connection:
             return tuple(connection.scalars(query))
 
+    def unused(self, digests: Collection[str]) -> frozenset[str]:
+        """See :meth:`fedia3.coordinator.store.Store.unused`."""
+        with self._database.reading() as connection:
+            return _unused(connection, digests)
+
+    def remove_unused(self, digests: Collection[str], remove: Callable[[str], None]) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.remove_unused`."""
+        with self._database.writing() as connection:
+            for digest in _unused(connection, digests):
+                remove(digest)
+
     def close(self) -> None:
         """See :meth:`fedia3.coordinator.store.Store.close`."""
         self._database.close()
@@ -305,7 +329,7 @@ def _append(
             metrics=metrics_to_json(draft.metrics),
             parent=draft.parent,
             global_digest=draft.global_digest,
-            created_ms=_to_ms(at),
+            created_ms=to_ms(at),
             idem_key=idem_key,
         )
     )
@@ -322,12 +346,13 @@ def _take_version(connection: Connection, owner: Owner, base: str) -> tuple[int,
     ).one_or_none()
     if taken is not None:
         return taken.id, taken.next_version - 1
+    first = sql_tombstones.exhumed_number(connection, owner, base)
     new_id = connection.execute(
         insert(AdapterRow)
-        .values(owner_kind=owner.kind, owner_name=owner.name, base=base, next_version=2)
+        .values(owner_kind=owner.kind, owner_name=owner.name, base=base, next_version=first + 1)
         .returning(AdapterRow.id)
     ).scalar_one()
-    return new_id, 1
+    return new_id, first
 
 
 def _require_parent(connection: Connection, adapter_id: int, draft: AdapterDraft) -> None:
@@ -346,6 +371,13 @@ def _by_key(connection: Connection, draft: AdapterDraft, idem_key: str) -> Adapt
     return None if row is None else _adapter_record(row)
 
 
+def _unused(connection: Connection, digests: Collection[str]) -> frozenset[str]:
+    used = connection.scalars(
+        select(VersionRow.digest).where(VersionRow.digest.in_(list(digests))).distinct()
+    )
+    return frozenset(digests) - set(used)
+
+
 def _latest_round(connection: Connection) -> RoundRecord | None:
     row = connection.execute(
         _SELECT_ROUNDS.order_by(RoundRow.round_num.desc()).limit(1)
@@ -354,6 +386,34 @@ def _latest_round(connection: Connection) -> RoundRecord | None:
         return None
     query = _SELECT_CONTRIBUTIONS.where(ContributionRow.round_num == row.round_num)
     return _round_records([row], connection.execute(query).all())[0]
+
+
+def _unshared(connection: Connection, owner: Owner, base: str | None) -> frozenset[str]:
+    """Digests that versions of this owner, on one base or on all, have and no others have."""
+    mine = _line_ids(owner, base)
+    other = aliased(VersionRow)
+    shared = select(other.digest).where(
+        other.digest == VersionRow.digest, other.adapter_id.not_in(mine)
+    )
+    query = select(VersionRow.digest).where(VersionRow.adapter_id.in_(mine), ~shared.exists())
+    return frozenset(connection.scalars(query))
+
+
+def _erase_lines(connection: Connection, owner: Owner, base: str | None) -> int:
+    """Delete the owner's versions and the lines that name them; how many versions there were."""
+    lines = AdapterRow.id.in_(_line_ids(owner, base))
+    versions = 0
+    for row in connection.execute(select(AdapterRow.__table__).where(lines)).all():
+        of_line = VersionRow.adapter_id == row.id
+        keys = connection.scalars(
+            select(VersionRow.idem_key).where(of_line, VersionRow.idem_key.is_not(None))
+        ).all()
+        sql_tombstones.bury_line(
+            connection, owner, row.base, row.next_version, [key for key in keys if key is not None]
+        )
+        versions += connection.execute(delete(VersionRow).where(of_line)).rowcount
+        connection.execute(delete(AdapterRow).where(AdapterRow.id == row.id))
+    return versions
 
 
 def _line_ids(owner: Owner, base: str | None) -> Select[int]:
@@ -408,7 +468,7 @@ def _adapter_record(row: Row[Any]) -> AdapterRecord:  # Any: rows are read by na
         parent=row.parent,
         global_digest=row.global_digest,
         version=row.version,
-        created_at=_from_ms(row.created_ms),
+        created_at=from_ms(row.created_ms),
     )
 
 
@@ -429,7 +489,7 @@ def _round_records(
             digest=row.digest,
             contributions=by_round.get(row.round_num, ()),
             metrics=loads(row.metrics),
-            committed_at=_from_ms(row.committed_ms),
+            committed_at=from_ms(row.committed_ms),
         )
         for row in rounds
     )
@@ -460,11 +520,3 @@ def _contribution_values(commit: RoundCommit) -> list[dict[str, object]]:
         }
         for position, contribution in enumerate(commit.contributions)
     ]
-
-
-def _to_ms(at: datetime) -> int:
-    return (at - _EPOCH) // _MILLISECOND
-
-
-def _from_ms(ms: int) -> datetime:
-    return _EPOCH + ms * _MILLISECOND

@@ -1,5 +1,6 @@
 """``fedia3 registry``: what a registry holds, for who looks after it, on the machine it lies on."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from fedia3.console import Json, out, print_json
-from fedia3.errors import NotFound
+from fedia3.errors import BadSetting, NotFound
 
 if TYPE_CHECKING:
     from fedia3.coordinator.records import AdapterRecord, Owner
@@ -71,6 +72,31 @@ def versions(user: User = None, base: Base = "", at: At = Path(), as_json: Json 
         )
 
 
+@registry_app.command()
+def gc(
+    older_than: Annotated[
+        str, typer.Option(help="Grace: younger bytes may belong to a publish under way; 90s, 1h.")
+    ] = "1h",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is.")] = False,
+    at: At = Path(),
+    as_json: Json = False,
+) -> None:
+    """Delete bytes that no version has, and what killed writers left; publishes may go on."""
+    from fedia3.coordinator.janitor import collect  # noqa: PLC0415  # --help stays fast
+
+    grace_s = _seconds(older_than)
+    with open_registry(at) as registry:
+        collected = collect(registry, grace_s, dry=dry_run)
+    if as_json:
+        print_json(vars(collected) | {"dry_run": dry_run})
+        return
+    verb = "would delete" if dry_run else "deleted"
+    out.print(
+        f"{verb} {collected.blobs} blobs without a version, {collected.blob_bytes / 1000:,.1f} kB, "
+        f"and {collected.leftovers} files of killed writers"
+    )
+
+
 def open_registry(at: Path) -> "Registry":
     """The registry in this folder, or in ``registry/`` below it; none is made.
 
@@ -98,6 +124,14 @@ def owner_of(user: str | None) -> "Owner":
 def record_facts(record: "AdapterRecord") -> dict[str, Any]:
     """For JSON."""
     return {**vars(record), "owner": {"kind": record.owner.kind, "name": record.owner.name}}
+
+
+def _seconds(text: str) -> float:
+    """``90s``, ``30m``, ``1h`` or ``2d``."""
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if match is None:
+        raise BadSetting(f"--older-than is a number and s, m, h or d, such as 1h; got {text!r}")
+    return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
 def _owners(registry: "Registry") -> "list[Owner]":

@@ -95,7 +95,7 @@ def test_the_migrations_have_one_head(path: Path) -> None:
     Two heads would leave it open which schema is the newest.
     """
     with connected(path) as connection:
-        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0002"]
+        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0004"]
 
 
 def test_down_and_up_again_ends_at_the_same_schema(path: Path) -> None:

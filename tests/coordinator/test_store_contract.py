@@ -19,9 +19,18 @@ from fedia3.coordinator.records import (
 from fedia3.coordinator.store import Store
 from fedia3.coordinator.stores.memory import MemoryStore
 from fedia3.coordinator.stores.sql import SqlStore
-from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, WrongBaseModel
+from fedia3.errors import (
+    BadInput,
+    BadSetting,
+    Conflict,
+    Erased,
+    NotFound,
+    StorageFailed,
+    WrongBaseModel,
+)
 
 NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
+LATER = NOON + timedelta(milliseconds=1)
 BASE, OTHER_BASE = "b" * 64, "c" * 64
 EVERYONE, ANNA, BOB = Owner.everyone(), Owner.user("anna"), Owner.user("bob")
 
@@ -71,6 +80,11 @@ def commit(round_num: int, number: int | None = None, **fields: object) -> Round
         metrics={"loss": 2.5},
     )
     return replace(plain, **fields)  # type: ignore[arg-type]  # the test names real fields
+
+
+def erase(store: Store, owner: Owner, base: str | None = None) -> int:
+    """Erase at noon, with no bytes to remove; how many versions there were."""
+    return store.erase(owner, base, NOON, lambda digest: None).versions
 
 
 def test_an_owners_versions_count_from_one(store: Store) -> None:
@@ -267,13 +281,104 @@ def test_a_page_without_room_is_refused(store: Store) -> None:
 
 def test_an_erased_users_numbers_are_not_given_again(store: Store) -> None:
     """
-    After two erased versions the next one is version 3, also under a key that was used before.
+    After two erased versions the next one is version 3, and after that is erased, 4.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(ANNA, 2), NOON)
+    assert erase(store, ANNA) == 2
+    assert store.versions(ANNA, BASE) == ()
+    assert store.publish(draft(ANNA, 3), NOON).version == 3
+    assert erase(store, ANNA) == 1
+    assert store.publish(draft(ANNA, 3), NOON).version == 4
+
+
+def test_an_erased_versions_key_stays_refused(store: Store) -> None:
+    """
+    Whoever repeats a publish after the erasure brings nothing back, with whatever bytes; the same
+    key on another base, of another user, and a new one are free.
     """
     store.publish(draft(ANNA, 1), NOON, idem_key="one")
-    store.publish(draft(ANNA, 2), NOON)
-    assert store.erase(ANNA) == 2
-    assert store.versions(ANNA, BASE) == ()
-    assert store.publish(draft(ANNA, 3), NOON, idem_key="one").version == 3
+    erase(store, ANNA)
+    for number in (1, 2):
+        with pytest.raises(Erased, match="a new key"):
+            store.publish(draft(ANNA, number), LATER, idem_key="one", began_at=LATER)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), LATER, idem_key="one")
+    store.publish(draft(BOB, 1), LATER, idem_key="one")
+    assert store.publish(draft(ANNA, 1), LATER, idem_key="two", began_at=LATER).version == 2
+    erase(store, ANNA)
+    for key in ("one", "two"):
+        with pytest.raises(Erased):
+            store.publish(draft(ANNA, 1), LATER, idem_key=key)
+
+
+def test_what_began_before_an_erasure_is_not_published_after_it(store: Store) -> None:
+    """
+    Begun at noon, erased at noon: refused, and no number is spent. Begun later it is taken, and so
+    is bob's.
+    """
+    erase(store, ANNA)
+    with pytest.raises(Erased, match="train it anew"):
+        store.publish(draft(ANNA, 1), LATER, began_at=NOON)
+    assert store.publish(draft(BOB, 1), LATER, began_at=NOON).version == 1
+    assert store.publish(draft(ANNA, 1), LATER, began_at=LATER).version == 1
+
+
+def test_an_erasure_on_one_base_refuses_nothing_on_another(store: Store) -> None:
+    """
+    What began before is taken on the other base; an erasure on all bases ends that as well.
+    """
+    erase(store, ANNA, BASE)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), LATER, began_at=NOON)
+    erase(store, ANNA)
+    with pytest.raises(Erased):
+        store.publish(draft(ANNA, 1, base=OTHER_BASE), LATER, began_at=NOON)
+
+
+def test_each_erasure_has_a_receipt_of_its_own(store: Store) -> None:
+    """
+    Also one that had nothing to erase.
+    """
+    stones = [store.erase(ANNA, None, NOON, lambda digest: None) for _ in range(2)]
+    assert len({stone.receipt for stone in stones}) == 2
+    assert [(stone.erased_at, stone.versions) for stone in stones] == [(NOON, 0)] * 2
+
+
+def test_an_erasure_that_cannot_delete_the_bytes_changes_nothing(store: Store) -> None:
+    """
+    The version is there, and may be erased again.
+    """
+
+    def refuse(digest: str) -> None:
+        raise StorageFailed("full")
+
+    store.publish(draft(ANNA, 1), NOON, idem_key="one")
+    with pytest.raises(StorageFailed):
+        store.erase(ANNA, None, NOON, refuse)
+    assert store.publish(draft(ANNA, 1), NOON, idem_key="one", began_at=NOON).version == 1
+    assert erase(store, ANNA) == 1
+
+
+def test_the_global_versions_that_hold_an_update_are_told(store: Store) -> None:
+    """
+    Zoe's was accepted in rounds 1 and 2, adam's rejected, and nobody knows cyd.
+    """
+    store.commit_round(commit(1), NOON)
+    store.commit_round(commit(2), NOON)
+    store.commit_round(commit(3, contributions=()), NOON)
+    assert store.accepted_from(["zoe", "cyd"]) == (1, 2)
+    assert store.accepted_from(["adam"]) == ()
+
+
+def test_only_what_no_version_has_is_removed(store: Store) -> None:
+    """
+    Of 1, 2 and 3, anna has 1 and everyone 2.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(EVERYONE, 2), NOON)
+    removed: list[str] = []
+    store.remove_unused([digest(1), digest(2), digest(3)], removed.append)
+    assert removed == [digest(3)]
+    assert store.unused([digest(1), digest(3)]) == {digest(3)}
 
 
 def test_erasing_leaves_others_and_other_bases(store: Store) -> None:
@@ -282,21 +387,21 @@ def test_erasing_leaves_others_and_other_bases(store: Store) -> None:
     """
     for owner, base in ((ANNA, BASE), (ANNA, OTHER_BASE), (BOB, BASE), (EVERYONE, BASE)):
         store.publish(draft(owner, 1, base=base), NOON)
-    assert store.erase(ANNA, BASE) == 1
+    assert erase(store, ANNA, BASE) == 1
     assert store.versions(ANNA, BASE) == ()
     for owner, base in ((ANNA, OTHER_BASE), (BOB, BASE), (EVERYONE, BASE)):
         assert len(store.versions(owner, base)) == 1
-    assert store.erase(ANNA) == 1
+    assert erase(store, ANNA) == 1
 
 
 def test_erasing_nothing_is_no_error(store: Store) -> None:
     """
     A user without versions, or one who was erased before, has none to erase.
     """
-    assert store.erase(ANNA) == 0
+    assert erase(store, ANNA) == 0
     store.publish(draft(ANNA), NOON)
-    store.erase(ANNA)
-    assert store.erase(ANNA) == 0
+    erase(store, ANNA)
+    assert erase(store, ANNA) == 0
 
 
 def test_an_erased_user_owns_nothing(store: Store) -> None:
@@ -305,7 +410,7 @@ def test_an_erased_user_owns_nothing(store: Store) -> None:
     """
     store.publish(draft(ANNA), NOON)
     store.publish(draft(BOB), NOON)
-    store.erase(ANNA)
+    erase(store, ANNA)
     assert store.owners("user") == (BOB,)
 
 
@@ -315,21 +420,24 @@ def test_everyones_versions_are_not_erased(store: Store) -> None:
     """
     store.commit_round(commit(0), NOON)
     with pytest.raises(BadInput, match="name a user"):
-        store.erase(EVERYONE)
+        erase(store, EVERYONE)
     assert len(store.versions(EVERYONE, BASE)) == 1
 
 
 def test_bytes_that_somebody_else_has_are_shared(store: Store) -> None:
     """
-    Of anna's bytes 1, 2 and 3, bob has 2, and she has 3 on another base too.
+    Of anna's bytes 1, 2 and 3, bob has 2, and she has 3 on another base too: they are removed with
+    the last of her versions, and 2 never.
     """
     for number in (1, 2, 3, 1):
         store.publish(draft(ANNA, number), NOON)
     store.publish(draft(BOB, 2), NOON)
     store.publish(draft(ANNA, 3, base=OTHER_BASE), NOON)
-    assert store.unshared(ANNA, BASE) == {digest(1)}
-    assert store.unshared(ANNA) == {digest(1), digest(3)}
-    assert store.unshared(Owner.user("zoe")) == frozenset()
+    removed: list[str] = []
+    store.erase(ANNA, BASE, NOON, removed.append)
+    assert removed == [digest(1)]
+    store.erase(ANNA, None, NOON, removed.append)
+    assert removed == [digest(1), digest(3)]
 
 
 def test_a_new_store_has_no_round(store: Store) -> None:
@@ -487,5 +595,5 @@ def test_bases_are_those_with_versions(store: Store) -> None:
     store.publish(draft(ANNA, 3), NOON)
     assert store.bases(ANNA) == (BASE, OTHER_BASE)
     assert store.bases(BOB) == ()
-    store.erase(ANNA, OTHER_BASE)
+    erase(store, ANNA, OTHER_BASE)
     assert store.bases(ANNA) == (BASE,)
