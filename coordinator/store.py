@@ -6,7 +6,7 @@ has to decide inside its own transaction is written once, as pure functions, at 
 
 import hmac
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Protocol
 
@@ -127,6 +127,20 @@ class Store(Protocol):
 
     def bases(self, owner: Owner) -> tuple[str, ...]:
         """Digests of the base models that the owner has versions on, in order."""
+        ...
+
+    def every_version(
+        self, after: AdapterRecord | None = None, limit: int = 100
+    ) -> tuple[AdapterRecord, ...]:
+        """A page of all owners' versions, by digest, from behind ``after`` on.
+
+        Raises:
+            BadSetting: the limit is not positive.
+        """
+        ...
+
+    def faults(self) -> Iterator[str]:
+        """What the store finds wrong with itself, each in a sentence; reads everything."""
         ...
 
     def unused(self, digests: Collection[str]) -> frozenset[str]:

@@ -6,6 +6,7 @@ load, whatever the busy timeout), and readers on connections that cannot write.
 """
 
 import os
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -86,6 +87,25 @@ class Database:
         """A transaction that sees one state of the file and cannot change it."""
         with _translated(self._url), self._reader.begin() as connection:
             yield connection
+
+    def copy_to(self, path: Path) -> None:
+        """Write the file as it is now to a new place, for its owner alone, and flush it.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        _close_to_others(str(path))
+        try:
+            with (
+                _translated(self._url),
+                closing(self._reader.raw_connection()) as connection,
+                closing(sqlite3.connect(path)) as copy,
+            ):
+                connection.driver_connection.backup(copy)  # type: ignore[union-attr]  # it is open
+        except sqlite3.Error as error:
+            raise StorageFailed(
+                f"cannot copy {self._url.database} to {path}: {error}; make room and try again"
+            ) from error
 
     def empty_log(self) -> bool:
         """Write the log's pages into the file and cut it, so that it holds nothing of the past.

@@ -1,6 +1,6 @@
 """A store that forgets at exit: the honest twin of the SQL store, for tests and trial runs."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -168,6 +168,20 @@ class MemoryStore:
             lines = self._lines.items()
             return tuple(sorted(on for (who, on), line in lines if who == owner and line.records))
 
+    def every_version(
+        self, after: AdapterRecord | None = None, limit: int = 100
+    ) -> tuple[AdapterRecord, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.every_version`."""
+        require_positive(limit)
+        with self._lock:
+            every = sorted((r for line in self._lines.values() for r in line.records), key=_place)
+        behind = (r for r in every if after is None or _place(r) > _place(after))
+        return tuple(islice(behind, limit))
+
+    def faults(self) -> Iterator[str]:
+        """See :meth:`fedia3.coordinator.store.Store.faults`; memory does not rot."""
+        return iter(())
+
     def unused(self, digests: Collection[str]) -> frozenset[str]:
         """See :meth:`fedia3.coordinator.store.Store.unused`."""
         with self._lock:
@@ -216,3 +230,7 @@ class MemoryStore:
         line.next_version += 1
         self._lines[draft.owner, draft.base] = line
         return record
+
+
+def _place(record: AdapterRecord) -> tuple[str, Owner, str, int]:
+    return record.digest, record.owner, record.base, record.version

@@ -1,6 +1,6 @@
 """The store that lasts: what the registry remembers, in SQLAlchemy tables."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import groupby
@@ -26,6 +26,7 @@ from sqlalchemy import (
     delete,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.orm import Mapped, aliased, mapped_column
@@ -42,6 +43,7 @@ from fedia3.coordinator.records import (
     metrics_to_json,
 )
 from fedia3.coordinator.store import (
+    hidden,
     new_tombstone,
     no_digest,
     no_version,
@@ -294,6 +296,35 @@ class SqlStore:
         with self._database.reading() as connection:
             return tuple(connection.scalars(query))
 
+    def every_version(
+        self, after: AdapterRecord | None = None, limit: int = 100
+    ) -> tuple[AdapterRecord, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.every_version`."""
+        require_positive(limit)
+        place = (
+            VersionRow.digest,
+            AdapterRow.owner_kind,
+            AdapterRow.owner_name,
+            AdapterRow.base,
+            VersionRow.version,
+        )
+        query = _SELECT_VERSIONS.order_by(*place).limit(limit)
+        if after is not None:
+            owner = after.owner
+            behind = (after.digest, owner.kind, owner.name, after.base, after.version)
+            query = query.where(VersionRow.digest >= after.digest, tuple_(*place) > tuple_(*behind))
+        with self._database.reading() as connection:
+            return tuple(_adapter_record(row) for row in connection.execute(query))
+
+    def faults(self) -> Iterator[str]:
+        """See :meth:`fedia3.coordinator.store.Store.faults`."""
+        from fedia3.coordinator.stores.sql_faults import (  # noqa: PLC0415 it needs these tables
+            faults,
+        )
+
+        with self._database.reading() as connection:
+            yield from faults(connection)
+
     def unused(self, digests: Collection[str]) -> frozenset[str]:
         """See :meth:`fedia3.coordinator.store.Store.unused`."""
         with self._database.reading() as connection:
@@ -304,6 +335,34 @@ class SqlStore:
         with self._database.writing() as connection:
             for digest in _unused(connection, digests):
                 remove(digest)
+
+    def copy_to(self, path: Path) -> None:
+        """Write the database as it is now to a new file.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        self._database.copy_to(path)
+
+    def replay_erasures(self, known: "SqlStore", remove: Callable[[str], None]) -> None:
+        """Erase whom another state of this registry knows as erased, as :meth:`erase` would.
+
+        Raises:
+            BadInput: it is no state of this registry.
+        """
+        with known._database.reading() as theirs:
+            buried = sql_tombstones.dug_up(theirs)
+        with self._database.writing() as connection:
+            fresh = sql_tombstones.adopt(connection, buried)
+            users = select(AdapterRow.owner_name).where(AdapterRow.owner_kind == "user").distinct()
+            for name in connection.scalars(users).all():
+                owner = Owner.user(name)
+                for base in fresh.get(hidden(buried.pepper, name), ()):
+                    for digest in _unshared(connection, owner, base):
+                        remove(digest)
+                    _erase_lines(connection, owner, base)
+            sql_tombstones.adopt_lines(connection, buried)
+        self._database.empty_log()
 
     def close(self) -> None:
         """See :meth:`fedia3.coordinator.store.Store.close`."""
@@ -433,15 +492,13 @@ def _is_line(owner: Owner, base: str) -> tuple[Any, ...]:  # Any: SQLAlchemy's o
 
 
 def _select_versions(owner: Owner, base: str) -> Select[Any]:  # Any: rows are read by name
-    return (
-        select(AdapterRow.owner_kind, AdapterRow.owner_name, AdapterRow.base, VersionRow.__table__)
-        .join(VersionRow, VersionRow.adapter_id == AdapterRow.id)
-        .where(*_is_line(owner, base))
-        .order_by(VersionRow.version.desc())
-    )
+    return _SELECT_VERSIONS.where(*_is_line(owner, base)).order_by(VersionRow.version.desc())
 
 
 _HAS_VERSIONS = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id).exists()
+_SELECT_VERSIONS = select(
+    AdapterRow.owner_kind, AdapterRow.owner_name, AdapterRow.base, VersionRow.__table__
+).join(VersionRow, VersionRow.adapter_id == AdapterRow.id)
 _SELECT_ROUNDS = (
     select(RoundRow.__table__, AdapterRow.base, VersionRow.digest)
     .join(

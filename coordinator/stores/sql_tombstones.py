@@ -4,8 +4,10 @@ Users, their lines and their idempotency keys are kept as HMACs under the regist
 has the database and a name can ask whether it was erased, nobody can read a name from it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -16,6 +18,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    update,
 )
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.orm import Mapped, mapped_column
@@ -23,6 +26,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from fedia3.coordinator.records import AdapterDraft, Owner, Tombstone
 from fedia3.coordinator.store import erased_key, hidden, require_begun_after
 from fedia3.coordinator.stores.engine import Table, from_ms, to_ms
+from fedia3.errors import BadInput
 
 
 class PepperRow(Table):
@@ -119,6 +123,59 @@ def require_not_erased(
     ).scalar_one_or_none()
     if erased_ms is not None:
         require_begun_after(draft.owner, from_ms(erased_ms), began_at)
+
+
+@dataclass(frozen=True)
+class Buried:
+    """Everything that is left of erased users in one registry; rows as they are stored."""
+
+    pepper: bytes
+    tombstones: Sequence[dict[str, Any]]
+    lines: Sequence[dict[str, Any]]
+    keys: Sequence[dict[str, Any]]
+
+
+def dug_up(connection: Connection) -> Buried:
+    """For another state of the same registry."""
+    tables = (TombstoneRow.__table__, ErasedLineRow.__table__, ErasedKeyRow.__table__)
+    rows = [[dict(row) for row in connection.execute(select(t)).mappings()] for t in tables]
+    return Buried(_pepper(connection), *rows)
+
+
+def adopt(connection: Connection, buried: Buried) -> Mapping[bytes, list[str | None]]:
+    """Take over tombstones and keys; of those that are new here, the bases by user's HMAC.
+
+    Raises:
+        BadInput: they are another registry's.
+    """
+    known = set(connection.scalars(select(TombstoneRow.receipt)))
+    if _pepper(connection) != buried.pepper:
+        if known:
+            raise BadInput(
+                "these erasures are another registry's; name the one that the backup is of"
+            )
+        # This state is from before there were tombstones, and made up a pepper when it was opened.
+        connection.execute(update(PepperRow).values(pepper=buried.pepper))
+    fresh = [row for row in buried.tombstones if row["receipt"] not in known]
+    if fresh:
+        connection.execute(insert(TombstoneRow), fresh)
+    if buried.keys:
+        connection.execute(upsert(ErasedKeyRow).on_conflict_do_nothing(), buried.keys)
+    bases: dict[bytes, list[str | None]] = {}
+    for row in fresh:
+        bases.setdefault(row["user_hmac"], []).append(row["base"])
+    return bases
+
+
+def adopt_lines(connection: Connection, buried: Buried) -> None:
+    """Go on with the higher numbers of erased lines: they were given after this state."""
+    given = {bytes(row["line_hmac"]): row["next_version"] for row in buried.lines}
+    for row in connection.execute(select(ErasedLineRow.__table__)).all():
+        given[row.line_hmac] = max(row.next_version, given.get(row.line_hmac, 1))
+    connection.execute(delete(ErasedLineRow))
+    if given:
+        rows = [{"line_hmac": line, "next_version": number} for line, number in given.items()]
+        connection.execute(insert(ErasedLineRow), rows)
 
 
 def _pepper(connection: Connection) -> bytes:

@@ -597,3 +597,20 @@ def test_bases_are_those_with_versions(store: Store) -> None:
     assert store.bases(BOB) == ()
     erase(store, ANNA, OTHER_BASE)
     assert store.bases(ANNA) == (BASE,)
+
+
+def test_every_version_comes_in_pages_by_digest(store: Store) -> None:
+    """
+    All owners' and bases', each once, those with the same bytes too.
+    """
+    for owner, number in ((ANNA, 3), (BOB, 1), (EVERYONE, 2), (BOB, 3), (ANNA, 3)):
+        store.publish(draft(owner, number), NOON)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), NOON)
+    seen: list[AdapterRecord] = []
+    while page := store.every_version(seen[-1] if seen else None, limit=2):
+        seen += page
+    assert [r.digest for r in seen] == [digest(n) for n in (1, 1, 2, 3, 3, 3)]
+    assert len({(r.owner, r.base, r.version) for r in seen}) == 6
+    assert list(store.faults()) == []
+    with pytest.raises(BadSetting):
+        store.every_version(limit=0)
