@@ -52,7 +52,7 @@ def inspect(
     try:
         for fault in registry.store.faults():
             found.add(fault)
-    except (Fedia3Error, ValueError) as error:
+    except (Fedia3Error, ValueError, TypeError) as error:
         found.add(f"the database cannot be read to its end: {error}")
     try:
         for record in every_version(registry):
@@ -60,7 +60,7 @@ def inspect(
             watch(found.versions)
         for digests in in_groups(registry.blobs.digests(), PAGE):
             found.orphans += len(registry.store.unused(digests))
-    except (Fedia3Error, ValueError) as error:  # a row that says what no record can say
+    except (Fedia3Error, ValueError, TypeError) as error:  # a row that says what no record can say
         found.add(f"versions cannot be read behind the {found.versions} first ones: {error}")
     return found
 

@@ -179,6 +179,8 @@ def _translated(url: URL) -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise Conflict(f"{url.database} was busy for 30 seconds; try again") from error
+    except UnicodeDecodeError as error:  # a damaged name in what SQLite says
+        raise Corrupt(f"{url.database}: {error}; restore it from a backup") from error
     except DBAPIError as error:
         raise _in_our_words(url, error) from error
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from hashlib import sha256
 from itertools import groupby
 from json import loads
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     URL,
     BigInteger,
+    ColumnElement,
     Connection,
     Double,
     ForeignKey,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     delete,
     insert,
     select,
+    true,
     tuple_,
     update,
 )
@@ -52,7 +55,7 @@ from fedia3.coordinator.store import (
     require_same_bytes,
     require_user,
 )
-from fedia3.coordinator.stores import sql_tombstones
+from fedia3.coordinator.stores import sql_seals, sql_tombstones
 from fedia3.coordinator.stores.engine import Database, Table, from_ms, to_ms
 
 
@@ -187,10 +190,16 @@ class SqlStore:
             )
             if commit.contributions:
                 connection.execute(insert(ContributionRow), _contribution_values(commit))
+            sql_seals.break_seals(connection, [seal for _name, seal in state_seals(connection)])
             connection.execute(delete(StateRow))
             connection.execute(
                 insert(StateRow).values(round_num=commit.round_num, state=commit.state)
             )
+            for _name, seal in (
+                *round_seals(connection, RoundRow.round_num == commit.round_num),
+                *state_seals(connection),
+            ):
+                sql_seals.add_seal(connection, seal)
             return record
 
     def latest_round(self) -> RoundRecord | None:
@@ -392,7 +401,54 @@ def _append(
             idem_key=idem_key,
         )
     )
+    (seal,) = version_seals(connection, VersionRow.version == version, adapter_id)
+    sql_seals.add_seal(connection, seal[1])
     return adapter_id, AdapterRecord(**vars(draft), version=version, created_at=at)
+
+
+def version_seals(
+    connection: Connection, which: ColumnElement[bool], adapter_id: int | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """Versions and what seals each, of one line or of all."""
+    line, version = AdapterRow, VersionRow
+    query = select(
+        line.owner_kind, line.owner_name, line.base,
+        version.version, version.form, version.digest, version.schema_digest, version.round_num,
+        version.num_examples, version.metrics, version.parent, version.global_digest,
+        version.created_ms, version.idem_key,
+    ).join(version, version.adapter_id == line.id).where(which)  # fmt: skip
+    if adapter_id is not None:
+        query = query.where(line.id == adapter_id)
+    for row in connection.execute(query.execution_options(yield_per=200)):
+        owner = row.owner_name or "everyone"
+        name = f"version {row.version} of {owner!r} on base {row.base[:12]}"
+        yield name, sql_seals.seal_of("version", list(row))
+
+
+def round_seals(connection: Connection, which: ColumnElement[bool]) -> Iterator[tuple[str, bytes]]:
+    """Rounds and what seals each, with its people."""
+    rounds = select(
+        RoundRow.round_num, RoundRow.version, RoundRow.metrics, RoundRow.committed_ms
+    ).where(which)
+    for row in connection.execute(rounds.execution_options(yield_per=200)):
+        people = connection.execute(
+            select(
+                ContributionRow.position, ContributionRow.client, ContributionRow.verdict,
+                ContributionRow.reason, ContributionRow.num_examples, ContributionRow.norm,
+                ContributionRow.metrics,
+            )
+            .where(ContributionRow.round_num == row.round_num)
+            .order_by(ContributionRow.position)
+        )  # fmt: skip
+        values = [*row, [list(person) for person in people]]
+        yield f"round {row.round_num}", sql_seals.seal_of("round", values)
+
+
+def state_seals(connection: Connection) -> Iterator[tuple[str, bytes]]:
+    """The server state, once there is one, and what seals it."""
+    for round_num, state in connection.execute(select(StateRow.round_num, StateRow.state)).all():
+        values = [round_num, sha256(state).hexdigest()]
+        yield "the server state", sql_seals.seal_of("state", values)
 
 
 def _take_version(connection: Connection, owner: Owner, base: str) -> tuple[int, int]:
@@ -470,6 +526,8 @@ def _erase_lines(connection: Connection, owner: Owner, base: str | None) -> int:
         sql_tombstones.bury_line(
             connection, owner, row.base, row.next_version, [key for key in keys if key is not None]
         )
+        seals = [seal for _name, seal in version_seals(connection, true(), row.id)]
+        sql_seals.break_seals(connection, seals)
         versions += connection.execute(delete(VersionRow).where(of_line)).rowcount
         connection.execute(delete(AdapterRow).where(AdapterRow.id == row.id))
     return versions

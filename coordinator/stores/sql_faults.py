@@ -1,10 +1,20 @@
 """What a registry's database says of its own health: each fault a sentence."""
 
 from collections.abc import Iterator
+from itertools import chain
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, true
 
-from fedia3.coordinator.stores.sql import AdapterRow, RoundRow, StateRow, VersionRow
+from fedia3.coordinator.stores.sql import (
+    AdapterRow,
+    RoundRow,
+    StateRow,
+    VersionRow,
+    round_seals,
+    state_seals,
+    version_seals,
+)
+from fedia3.coordinator.stores.sql_seals import broken
 
 
 def faults(connection: Connection) -> Iterator[str]:
@@ -13,6 +23,10 @@ def faults(connection: Connection) -> Iterator[str]:
         yield from _of_the_file(connection)
     yield from _counters(connection)
     yield from _rounds(connection)
+    sealed = (
+        version_seals(connection, true()), round_seals(connection, true()), state_seals(connection)
+    )  # fmt: skip
+    yield from broken(connection, chain(*sealed))
 
 
 def _of_the_file(connection: Connection) -> Iterator[str]:

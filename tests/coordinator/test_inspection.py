@@ -113,6 +113,30 @@ def test_a_database_that_contradicts_itself_is_named(
     assert any(said in fault for fault in looked_at(registry).named)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("UPDATE adapter_version SET num_examples = 9 WHERE version = 3", "version 3 of 'every"),
+        ("UPDATE contribution SET norm = 0.25 WHERE round_num = 2", "round 2 was changed"),
+        ("UPDATE round SET committed_ms = committed_ms + 1 WHERE round_num = 1", "round 1 was"),
+        ("UPDATE server_state SET state = x'00'", "the server state was changed"),
+        ("DELETE FROM adapter_version WHERE version = 2 AND form = 'personal'", "1 sealed rows"),
+        ("UPDATE seal SET sha256 = x'00' WHERE rowid = 1", "was changed where it lies"),
+    ],
+)
+def test_a_changed_value_in_a_sound_database_is_named(
+    registry: Registry, tmp_path: Path, change: str, said: str
+) -> None:
+    """
+    A number as good as any other: only its seal tells.
+    """
+    with closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
+        for table in ("adapter_version", "round", "contribution"):
+            database.execute(f"DROP TRIGGER {table}_immutable")
+        database.execute(change)
+    assert any(said in fault for fault in looked_at(registry).named)
+
+
 def test_a_row_that_no_record_can_hold_is_named(registry: Registry, tmp_path: Path) -> None:
     """
     Damaged JSON ends the look at versions, and says so.
