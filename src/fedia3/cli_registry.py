@@ -192,7 +192,8 @@ def erase(
         listed = ", ".join(map(str, receipt.global_versions))
         out.print(
             f"stays: everyone's adapter holds their updates since version "
-            f"{receipt.global_versions[0]} (they went into {listed}), under the clients' ids"
+            f"{receipt.global_versions[0]} (they went into {listed}); rounds list them by their "
+            "devices' ids, in a simulation's registry by the user's name"
         )
     if not receipt.traceless:
         out.print("the database's log was in use and may hold the past; erase once more")
