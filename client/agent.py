@@ -365,12 +365,12 @@ class Agent:
             self._rests_until = time.monotonic() + rest_s
         # the owner may have had everything forgotten meanwhile
         if Control.read(self.folder.control_file).forgotten_ms < began_ms:
-            self._keep(part, start)
+            self._keep(part, start, began_ms)
             self._jobs.not_before("share", 0.0)
             self._jobs.not_before("own", 0.0)
             logger.info("personalized in %.1f s: %s is served", took, part.choice)
 
-    def _keep(self, part: OwnPart, start: Everyones) -> None:
+    def _keep(self, part: OwnPart, start: Everyones, began_ms: int) -> None:
         judged = Judged(
             choice=part.choice,
             global_loss=part.global_loss,
@@ -379,6 +379,7 @@ class Agent:
             data_digest=part.data_digest,
             made_ms=now_ms(),
             test=part.test,
+            began_ms=began_ms,
         )
         self._personal.keep(PersonalAdapter(start.adapter.schema, part.delta, start.digest), judged)
 

@@ -484,10 +484,14 @@ class Coordinator:
         num_examples: int,
         metrics: dict[str, float] | None = None,
         idem_key: str | None = None,
+        age_ms: int = 0,
     ) -> AdapterVersion:
         """Give the device's user's own part to the registry; repeated, it is published once.
 
+        ``age_ms`` is how long ago its training began: an erasure since then refuses it.
+
         Raises:
+            Erased: the user was erased since, or erased what ``idem_key`` named.
             NotFound: the global version that it was trained on was never published.
             BadAdapter: nobody could read it back.
         """
@@ -500,6 +504,7 @@ class Coordinator:
             num_examples=num_examples,
             metrics=metrics or {},
             idem_key=idem_key or f"part-{digest}",
+            age_ms=age_ms,
         )
         signed = self._call("Adapters/Publish", request, pb.SignedRecord)
         version = opened_version(signed, self._keys)

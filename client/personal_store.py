@@ -36,6 +36,7 @@ class Judged:
     data_digest: str  # of the text it grew on
     made_ms: int  # ms since 1970
     test: Mapping[str, float] = field(default_factory=dict)  # of base, global, personal
+    began_ms: int | None = None  # when its training began; None before fedia3 kept it
 
 
 @dataclass(frozen=True)

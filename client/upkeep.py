@@ -17,7 +17,7 @@ from fedia3.adapters.schema import Schema
 from fedia3.client.cache import AdapterCache
 from fedia3.client.coordinator import Coordinator
 from fedia3.client.device import DeviceFolder
-from fedia3.client.personal_store import KeptPart, ones_digest
+from fedia3.client.personal_store import Judged, KeptPart, ones_digest
 from fedia3.client.records import TrustedKeys
 from fedia3.clock import wall_ms
 from fedia3.errors import Fedia3Error, NotAllowed, NotFound, Unreachable
@@ -99,7 +99,12 @@ class Upkeep:
                 "validation_personal": kept.judged.personal_loss,
             }
             version = self._home.publish(
-                part, num_examples=kept.judged.num_examples, metrics=metrics
+                part,
+                num_examples=kept.judged.num_examples,
+                metrics=metrics,
+                # Made again after its owner erased it, the same bytes are another publish.
+                idem_key=f"part-{kept.judged.made_ms}-{kept.digest}",
+                age_ms=_age_ms(kept.judged),
             )
             self._count(CALL_BYTES + version.size)
             return version.version
@@ -183,3 +188,9 @@ def _kept(
         logger.warning("the kept global adapter is not used: %s", error)
         return None
     return None if good is None else (good.version.digest, good.version.version, good.data)
+
+
+def _age_ms(judged: Judged) -> int:
+    """How long ago a part's training began; 0 where the clock was set back since."""
+    began_ms = judged.made_ms if judged.began_ms is None else judged.began_ms
+    return max(0, wall_ms() - began_ms)

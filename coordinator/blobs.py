@@ -7,7 +7,9 @@ can be seen a blob that is whole: a crash leaves at most a file aside that nobod
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from fedia3.errors import BadSetting, Corrupt, NotFound, StorageFailed
 from fedia3.private_files import sync_folder
 
 _ASIDE = "tmp"
+_WRITER_S = 60.0  # no writer keeps a file aside for longer, but one that was killed
 
 
 class BlobStore(Protocol):
@@ -63,17 +66,39 @@ class BlobStore(Protocol):
         """Every stored digest, in no order."""
         ...
 
+    def age_s(self, digest: str) -> float:
+        """Seconds since these bytes were last put, also where they were there before.
+
+        Raises:
+            NotFound: there are none.
+        """
+        ...
+
+    def leftovers(self, older_than_s: float) -> Iterator[str]:
+        """What killed writers left aside, by names that :meth:`discard` takes, in no order."""
+        ...
+
+    def discard(self, leftover: str) -> None:
+        """Delete something left aside; where it is gone already, nothing happens.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        ...
+
 
 class MemoryBlobs:
     """Blobs in a dictionary, for tests and trial runs."""
 
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}
+        self._put_at: dict[str, float] = {}
 
     def put(self, data: bytes) -> str:
         """See :meth:`BlobStore.put`."""
         digest = _sha256(data)
         self._blobs[digest] = data
+        self._put_at[digest] = time.monotonic()
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -100,6 +125,19 @@ class MemoryBlobs:
         """See :meth:`BlobStore.digests`."""
         return iter(tuple(self._blobs))
 
+    def age_s(self, digest: str) -> float:
+        """See :meth:`BlobStore.age_s`."""
+        if digest not in self._blobs:
+            raise _no_blob(digest)
+        return time.monotonic() - self._put_at[digest]
+
+    def leftovers(self, older_than_s: float) -> Iterator[str]:  # noqa: ARG002  # there are none
+        """See :meth:`BlobStore.leftovers`."""
+        return iter(())
+
+    def discard(self, leftover: str) -> None:
+        """See :meth:`BlobStore.discard`."""
+
 
 class FileBlobs:
     """Blobs as files ``aa/bb/<sha256>`` under ``root``, whose first four digits are ``aabb``.
@@ -123,7 +161,7 @@ class FileBlobs:
         digest = _sha256(data)
         path = self._path(digest)
         try:
-            if not self._holds(path, data):
+            if not self._renewed(path, data):
                 self._write(path, data)
             # Also where the file was there already: whoever renamed it may have died before this.
             for folder in (path.parent, path.parent.parent, self._root):
@@ -166,13 +204,34 @@ class FileBlobs:
             if path.parent.is_dir():
                 sync_folder(path.parent)
         except OSError as error:
-            raise StorageFailed(
-                f"cannot delete {path}: {error.strerror}; fix the folder and try again"
-            ) from error
+            raise _cannot_delete(path, error) from error
 
     def digests(self) -> Iterator[str]:
         """See :meth:`BlobStore.digests`."""
         return (path.name for path in self._root.glob("??/??/" + "?" * 64) if path.is_file())
+
+    def age_s(self, digest: str) -> float:
+        """See :meth:`BlobStore.age_s`."""
+        try:
+            return time.time() - self._path(digest).stat().st_mtime
+        except FileNotFoundError as error:
+            raise _no_blob(digest) from error
+
+    def leftovers(self, older_than_s: float) -> Iterator[str]:
+        """See :meth:`BlobStore.leftovers`; never younger than a minute, it may be at work."""
+        born_before = time.time() - max(older_than_s, _WRITER_S)
+        for path in (self._root / _ASIDE).iterdir():
+            with suppress(FileNotFoundError):  # it was renamed meanwhile
+                if path.stat().st_mtime < born_before:
+                    yield path.name
+
+    def discard(self, leftover: str) -> None:
+        """See :meth:`BlobStore.discard`."""
+        path = self._root / _ASIDE / Path(leftover).name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_delete(path, error) from error
 
     def _path(self, digest: str) -> Path:
         checked_digest(digest, "a blob's name")
@@ -186,8 +245,15 @@ class FileBlobs:
                 )
         return path
 
-    def _holds(self, path: Path, data: bytes) -> bool:
-        return path.is_file() and _read(path) == data
+    def _renewed(self, path: Path, data: bytes) -> bool:
+        """Whether the bytes are there; they are as young as any from now on, so not collected."""
+        try:
+            if not path.is_file() or _read(path) != data:
+                return False
+            os.utime(path)
+        except FileNotFoundError:  # collected meanwhile
+            return False
+        return True
 
     def _write(self, path: Path, data: bytes) -> None:
         for folder in (path.parent.parent, path.parent):  # parents of a mkdir get another mode
@@ -219,6 +285,10 @@ def _verified(data: bytes, digest: str) -> bytes:
 
 def _no_blob(digest: str) -> NotFound:
     return NotFound(f"no blob {digest[:12]} is stored")
+
+
+def _cannot_delete(path: Path, error: OSError) -> StorageFailed:
+    return StorageFailed(f"cannot delete {path}: {error.strerror}; fix the folder and try again")
 
 
 def _read(path: Path) -> bytes:

@@ -18,6 +18,7 @@ PrincipalKind = Literal["device", "service", "admin"]
 
 SIGNING_KEY_BYTES = 32  # Ed25519, raw
 TOKENS_OF_A_DEVICE = 4  # those that end last; no clock decides, so a wrong one shuts nobody out
+FORGOTTEN = "(erased)"  # a device's name, and its user's, once they are not kept any more
 INVITE_KEPT_MS = 24 * 3600 * 1000  # an invite is forgotten when one ends that much later
 
 
@@ -190,6 +191,17 @@ class Directory(Protocol):
 
         Raises:
             NotFound: there is none.
+        """
+        ...
+
+    def devices_of(self, user: str) -> Sequence[Device]:
+        """Every device of a user, revoked ones too."""
+        ...
+
+    def forget_user(self, user: str, now_ms: int) -> bool:
+        """Shut a user's devices out, and keep neither their names nor the user's.
+
+        Whether nothing of them is left in the database's log either.
         """
         ...
 

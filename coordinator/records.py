@@ -213,6 +213,16 @@ class RoundRecord:
     committed_at: datetime  # UTC, whole milliseconds
 
 
+@dataclass(frozen=True)
+class Tombstone:
+    """What is left of an erasure; it names nobody."""
+
+    receipt: str  # 32 random hex digits
+    erased_at: datetime  # UTC, whole milliseconds
+    versions: int  # that were deleted
+    traceless: bool = True  # False: the database's log goes on holding them for a while
+
+
 def checked_name(name: str, what: str, longest: int = MAX_NAME) -> str:
     """The name in NFC, once it is 1 to 128 characters, not blank, free of control characters.
 

@@ -4,9 +4,10 @@ The rules are here, the same for every store. Blob first, database second, ackno
 crash in between leaves bytes that nobody refers to, never a version without its bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -28,12 +29,13 @@ from fedia3.coordinator.records import (
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    Tombstone,
     checked_alias,
     is_digest,
 )
 from fedia3.coordinator.store import Store, no_alias, no_digest, no_version
 from fedia3.coordinator.stores.memory import MemoryStore
-from fedia3.errors import BadAdapter, BadSetting, Conflict, Corrupt, NotFound
+from fedia3.errors import BadAdapter, BadSetting, Conflict, Corrupt, Erased, NotFound
 
 Clock = Callable[[], datetime]
 Which = int | str  # a version's number, its digest or an alias
@@ -51,6 +53,14 @@ class Effective:
     def record(self) -> AdapterRecord:
         """The version that speaks for the user: their own, else everyone's."""
         return self.personal or self.everyone
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an erasure did, and what it cannot undo."""
+
+    tombstone: Tombstone
+    global_versions: tuple[int, ...]  # that the user's contributions went into, and stay in
 
 
 def utc_now() -> datetime:
@@ -133,8 +143,9 @@ class Registry:
             BadInput: a count or the metrics are not sound.
             Conflict: ``idem_key`` already names other bytes.
         """
-        draft = self._draft_global(adapter, round_num, num_examples, metrics or {})
-        return self._publish(draft, idem_key)
+        data = encoding.encode(adapter)
+        draft = self._draft_global(adapter, data, round_num, num_examples, metrics or {})
+        return self._publish(draft, data, idem_key)
 
     def publish_personal(
         self,
@@ -144,22 +155,27 @@ class Registry:
         num_examples: int,
         metrics: Mapping[str, float] | None = None,
         idem_key: str | None = None,
+        age: timedelta = timedelta(),
     ) -> AdapterRecord:
         """Publish a user's own part; with ``idem_key`` a repeated call publishes once.
+
+        ``age`` is how long ago its training began.
 
         Raises:
             BadInput: the name, a count or the metrics are not sound.
             NotFound: the global version it was trained on was never published for this base.
             BadAdapter: that global version scales other targets.
             Conflict: ``idem_key`` already names other bytes.
+            Erased: the user was erased since it was begun, or erased what ``idem_key`` named.
         """
         owner, schema = Owner.user(user), personal.schema
-        trained_on = self._global_version(personal)
+        trained_on, data = self._global_version(personal), encoding.encode_personal(personal)
         with self._personal:
+            began_at = self._now() - age
             draft = AdapterDraft(
                 owner=owner,
                 form="personal",
-                digest=self.blobs.put(encoding.encode_personal(personal)),
+                digest=self.blobs.put(data),
                 schema_digest=schema.digest,
                 base=schema.base_digest,
                 round_num=trained_on.round_num,
@@ -168,22 +184,30 @@ class Registry:
                 parent=self._latest_digest(owner, schema.base_digest),
                 global_digest=trained_on.digest,
             )
-            return self._publish(draft, idem_key)
+            try:
+                return self._publish(draft, data, idem_key, began_at)
+            except Erased:
+                self.store.remove_unused([draft.digest], self.blobs.delete)
+                raise
 
-    def erase_user(self, user: str, base: str | None = None) -> int:
-        """Delete a user's own parts, on one base or on all, bytes included; how many there were.
+    def erase_user(
+        self, user: str, base: str | None = None, clients: Collection[str] = ()
+    ) -> Receipt:
+        """Delete a user's own parts, on one base or on all: bytes, versions, the name.
 
         The bytes go first: an erasure that a crash cuts short is finished by asking again. What
-        rounds made of the user's contributions stays.
+        rounds made of the contributions of the user's ``clients`` stays, and the receipt names it.
+        What was begun before the erasure cannot be published after it.
 
         Raises:
             BadInput: the name is not sound.
         """
         owner = Owner.user(user)
         with self._personal:
-            for digest in self.store.unshared(owner, base):
-                self.blobs.delete(digest)
-            return self.store.erase(owner, base)
+            tombstone = self.store.erase(owner, base, self._now(), self.blobs.delete)
+            time.sleep(0.001)  # what begins from here on has a later millisecond
+        # A simulation's clients are called as their users.
+        return Receipt(tombstone, self.store.accepted_from({owner.name, *clients}))
 
     def commit_round(
         self,
@@ -203,9 +227,10 @@ class Registry:
             BadInput: a client is listed twice, or the metrics are not sound.
         """
         num_examples = sum(c.num_examples for c in contributions if c.verdict == "accepted")
-        draft = self._draft_global(adapter, round_num, num_examples, metrics or {})
+        data = encoding.encode(adapter)
+        draft = self._draft_global(adapter, data, round_num, num_examples, metrics or {})
         commit = RoundCommit(round_num, state, draft, tuple(contributions), metrics or {})
-        return self.store.commit_round(commit, self._now())
+        return self._with_bytes(self.store.commit_round(commit, self._now()), data)
 
     def find(self, owner: Owner, base: str, which: Which = LATEST) -> AdapterRecord:
         """A version by its number, its digest, or an alias; ``latest`` is the newest not yanked.
@@ -401,16 +426,39 @@ class Registry:
         """All rounds, oldest first."""
         return self.store.rounds()
 
-    def _publish(self, draft: AdapterDraft, idem_key: str | None) -> AdapterRecord:
-        return self.store.publish(draft, self._now(), idem_key)
+    def _publish(
+        self,
+        draft: AdapterDraft,
+        data: bytes,
+        idem_key: str | None,
+        began_at: datetime | None = None,
+    ) -> AdapterRecord:
+        record = self.store.publish(draft, self._now(), idem_key, began_at)
+        return self._with_bytes(record, data)
+
+    def _with_bytes(self, record: AdapterRecord, data: bytes) -> AdapterRecord:
+        """The version, once its bytes are there.
+
+        Another process may have collected them between their put and the version's commit, when
+        nobody referred to them; or it has erased the version since, and they are not to come back.
+        """
+        if not self.blobs.has(record.digest):
+            self.blobs.put(data)
+            self.store.remove_unused([record.digest], self.blobs.delete)
+        return record
 
     def _draft_global(
-        self, adapter: Adapter, round_num: int, num_examples: int, metrics: Mapping[str, float]
+        self,
+        adapter: Adapter,
+        data: bytes,
+        round_num: int,
+        num_examples: int,
+        metrics: Mapping[str, float],
     ) -> AdapterDraft:
         return AdapterDraft(
             owner=Owner.everyone(),
             form="adapter",
-            digest=self.blobs.put(encoding.encode(adapter)),
+            digest=self.blobs.put(data),
             schema_digest=adapter.schema.digest,
             base=adapter.schema.base_digest,
             round_num=round_num,

@@ -4,7 +4,9 @@ A store is right when it passes ``tests/coordinator/test_store_contract.py``. Wh
 has to decide inside its own transaction is written once, as pure functions, at the end.
 """
 
-from collections.abc import Sequence
+import hmac
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -17,9 +19,10 @@ from fedia3.coordinator.records import (
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    Tombstone,
     checked_name,
 )
-from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, WrongBaseModel
+from fedia3.errors import BadInput, BadSetting, Conflict, Erased, NotFound, WrongBaseModel
 
 
 class Store(Protocol):
@@ -30,16 +33,23 @@ class Store(Protocol):
     """
 
     def publish(
-        self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+        self,
+        draft: AdapterDraft,
+        at: datetime,
+        idem_key: str | None = None,
+        began_at: datetime | None = None,
     ) -> AdapterRecord:
         """Give the draft the owner's next version number and keep it.
 
         A repeated ``idem_key`` (per owner and base) with the same digest returns the version
-        published first, so a client that lost the answer may ask again.
+        published first, so a client that lost the answer may ask again. ``began_at`` is when the
+        work on the draft began; None stands for after every erasure.
 
         Raises:
             BadInput: the key is no name.
             Conflict: the key was used before, for other bytes.
+            Erased: the key named a version that was erased since, or the owner was erased at
+                ``began_at`` or later.
             NotFound: ``draft.parent`` is no version of this owner on this base.
         """
         ...
@@ -91,18 +101,22 @@ class Store(Protocol):
         """
         ...
 
-    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
-        """Digests that versions of this owner, on one base or on all, have and no others have."""
-        ...
+    def erase(
+        self, owner: Owner, base: str | None, at: datetime, remove: Callable[[str], None]
+    ) -> Tombstone:
+        """Forget a user's versions and name, on one base (of that, the name's hash) or on all.
 
-    def erase(self, owner: Owner, base: str | None = None) -> int:
-        """Forget a user's versions, on one base or on all; how many there were.
-
-        Their numbers are not given again.
+        ``remove`` is called for the digests that no other version has, before the versions go and
+        while nobody publishes: what is cut short in between still has its versions, and is finished
+        by erasing again. Neither numbers nor idempotency keys are given again.
 
         Raises:
             BadInput: the owner is everyone; rounds refer to those versions.
         """
+        ...
+
+    def accepted_from(self, clients: Collection[str]) -> tuple[int, ...]:
+        """The global versions, in order, that came of rounds with an update of these clients."""
         ...
 
     def owners(
@@ -180,6 +194,31 @@ class Store(Protocol):
         """An alias's moves, newest first: all, or up to ``limit`` of those below rev ``before``."""
         ...
 
+    def every_version(
+        self, after: AdapterRecord | None = None, limit: int = 100
+    ) -> tuple[AdapterRecord, ...]:
+        """A page of all owners' versions, by digest, from behind ``after`` on.
+
+        Raises:
+            BadSetting: the limit is not positive.
+        """
+        ...
+
+    def faults(self) -> Iterator[str]:
+        """What the store finds wrong with itself, each in a sentence; reads everything."""
+        ...
+
+    def unused(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of the digests that no version has."""
+        ...
+
+    def remove_unused(self, digests: Collection[str], remove: Callable[[str], None]) -> None:
+        """Call ``remove`` for those of the digests that no version has.
+
+        Nobody publishes meanwhile, in no process, and none of what ``remove`` does is undone.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of files and connections; the store is not used afterwards."""
         ...
@@ -247,6 +286,40 @@ def require_user(owner: Owner) -> None:
     """
     if owner.kind != "user":
         raise BadInput("everyone's versions are not erased: rounds refer to them; name a user")
+
+
+def new_tombstone(at: datetime, versions: int) -> Tombstone:
+    """With a receipt of its own."""
+    return Tombstone(secrets.token_hex(16), at, versions)
+
+
+def hidden(pepper: bytes, *names: str) -> bytes:
+    """What tells the names again and does not tell them: 32 bytes of HMAC-SHA256.
+
+    A name, a digest and a key hold no NUL, so they cannot be parted in two ways.
+    """
+    return hmac.digest(pepper, "\0".join(names).encode(), "sha256")
+
+
+def require_begun_after(owner: Owner, erased_at: datetime, began_at: datetime | None) -> None:
+    """What began before an erasure, or in its millisecond, does not outlive it.
+
+    Raises:
+        Erased: it would.
+    """
+    if began_at is not None and began_at <= erased_at:
+        raise Erased(
+            f"{owner} was erased at {erased_at:%Y-%m-%d %H:%M:%S} UTC, after this part was begun; "
+            "train it anew and publish that"
+        )
+
+
+def erased_key(owner: Owner) -> Erased:
+    """The error for an idempotency key whose version was erased."""
+    return Erased(
+        f"this idempotency key named a version that {owner} erased; it does not come back, "
+        "publish a new part under a new key"
+    )
 
 
 def no_version(owner: Owner, base: str, version: int | None) -> NotFound:

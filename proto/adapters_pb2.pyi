@@ -87,7 +87,7 @@ class SignedRecord(_message.Message):
     def __init__(self, record: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
-    __slots__ = ("base_digest", "data", "digest", "num_examples", "metrics", "idem_key")
+    __slots__ = ("base_digest", "data", "digest", "num_examples", "metrics", "idem_key", "age_ms")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -101,13 +101,15 @@ class PublishRequest(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     IDEM_KEY_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     base_digest: str
     data: bytes
     digest: str
     num_examples: int
     metrics: _containers.ScalarMap[str, float]
     idem_key: str
-    def __init__(self, base_digest: _Optional[str] = ..., data: _Optional[bytes] = ..., digest: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., idem_key: _Optional[str] = ...) -> None: ...
+    age_ms: int
+    def __init__(self, base_digest: _Optional[str] = ..., data: _Optional[bytes] = ..., digest: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., idem_key: _Optional[str] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class ResolveRequest(_message.Message):
     __slots__ = ("owner", "base_digest", "version", "alias", "digest")

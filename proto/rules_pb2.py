@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64ia3/proto/rules.proto\x12\tfedia3.v1\x1a google/protobuf/descriptor.proto\"S\n\x04Rule\x12 \n\x06scopes\x18\x01 \x03(\x0e\x32\x10.fedia3.v1.Scope\x12\x16\n\x0emax_deadline_s\x18\x02 \x01(\r\x12\x11\n\tis_signed\x18\x03 \x01(\x08*f\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_ANYONE\x10\x01\x12\x10\n\x0cSCOPE_DEVICE\x10\x02\x12\x11\n\rSCOPE_SERVICE\x10\x03\x12\x0f\n\x0bSCOPE_ADMIN\x10\x04*\xc1\x03\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_BAD_INPUT\x10\x01\x12\x16\n\x12REASON_BAD_ADAPTER\x10\x02\x12\x1b\n\x17REASON_WRONG_BASE_MODEL\x10\x03\x12\x16\n\x12REASON_NO_DEADLINE\x10\x04\x12\x14\n\x10REASON_NOT_FOUND\x10\x05\x12\x13\n\x0fREASON_CONFLICT\x10\x06\x12\x12\n\x0eREASON_CORRUPT\x10\x07\x12\x19\n\x15REASON_STORAGE_FAILED\x10\x08\x12\x14\n\x10REASON_BAD_TOKEN\x10\t\x12\x15\n\x11REASON_BAD_INVITE\x10\n\x12\x18\n\x14REASON_BAD_SIGNATURE\x10\x0b\x12\x13\n\x0fREASON_REPLAYED\x10\x0c\x12\x10\n\x0cREASON_CLOCK\x10\r\x12\x16\n\x12REASON_NOT_ALLOWED\x10\x0e\x12\x19\n\x15REASON_TOO_MANY_CALLS\x10\x0f\x12\x17\n\x13REASON_OUT_OF_RANGE\x10\x10\x12\x16\n\x12REASON_UNAVAILABLE\x10\x11\x12\x10\n\x0cREASON_FAULT\x10\x12:?\n\x04rule\x12\x1e.google.protobuf.MethodOptions\x18\x9e\x90\x03 \x01(\x0b\x32\x0f.fedia3.v1.Ruleb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64ia3/proto/rules.proto\x12\tfedia3.v1\x1a google/protobuf/descriptor.proto\"S\n\x04Rule\x12 \n\x06scopes\x18\x01 \x03(\x0e\x32\x10.fedia3.v1.Scope\x12\x16\n\x0emax_deadline_s\x18\x02 \x01(\r\x12\x11\n\tis_signed\x18\x03 \x01(\x08*f\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_ANYONE\x10\x01\x12\x10\n\x0cSCOPE_DEVICE\x10\x02\x12\x11\n\rSCOPE_SERVICE\x10\x03\x12\x0f\n\x0bSCOPE_ADMIN\x10\x04*\xd4\x03\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_BAD_INPUT\x10\x01\x12\x16\n\x12REASON_BAD_ADAPTER\x10\x02\x12\x1b\n\x17REASON_WRONG_BASE_MODEL\x10\x03\x12\x16\n\x12REASON_NO_DEADLINE\x10\x04\x12\x14\n\x10REASON_NOT_FOUND\x10\x05\x12\x13\n\x0fREASON_CONFLICT\x10\x06\x12\x12\n\x0eREASON_CORRUPT\x10\x07\x12\x19\n\x15REASON_STORAGE_FAILED\x10\x08\x12\x14\n\x10REASON_BAD_TOKEN\x10\t\x12\x15\n\x11REASON_BAD_INVITE\x10\n\x12\x18\n\x14REASON_BAD_SIGNATURE\x10\x0b\x12\x13\n\x0fREASON_REPLAYED\x10\x0c\x12\x10\n\x0cREASON_CLOCK\x10\r\x12\x16\n\x12REASON_NOT_ALLOWED\x10\x0e\x12\x19\n\x15REASON_TOO_MANY_CALLS\x10\x0f\x12\x17\n\x13REASON_OUT_OF_RANGE\x10\x10\x12\x16\n\x12REASON_UNAVAILABLE\x10\x11\x12\x10\n\x0cREASON_FAULT\x10\x12\x12\x11\n\rREASON_ERASED\x10\x13:?\n\x04rule\x12\x1e.google.protobuf.MethodOptions\x18\x9e\x90\x03 \x01(\x0b\x32\x0f.fedia3.v1.Ruleb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOPE']._serialized_start=158
   _globals['_SCOPE']._serialized_end=260
   _globals['_REASON']._serialized_start=263
-  _globals['_REASON']._serialized_end=712
+  _globals['_REASON']._serialized_end=731
   _globals['_RULE']._serialized_start=73
   _globals['_RULE']._serialized_end=156
 # @@protoc_insertion_point(module_scope)

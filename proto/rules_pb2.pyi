@@ -37,6 +37,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_OUT_OF_RANGE: _ClassVar[Reason]
     REASON_UNAVAILABLE: _ClassVar[Reason]
     REASON_FAULT: _ClassVar[Reason]
+    REASON_ERASED: _ClassVar[Reason]
 SCOPE_UNSPECIFIED: Scope
 SCOPE_ANYONE: Scope
 SCOPE_DEVICE: Scope
@@ -61,6 +62,7 @@ REASON_TOO_MANY_CALLS: Reason
 REASON_OUT_OF_RANGE: Reason
 REASON_UNAVAILABLE: Reason
 REASON_FAULT: Reason
+REASON_ERASED: Reason
 RULE_FIELD_NUMBER: _ClassVar[int]
 rule: _descriptor.FieldDescriptor
 

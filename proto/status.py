@@ -26,6 +26,7 @@ _REASONS: tuple[tuple[type[Fedia3Error], Reason, int], ...] = (
     (errors.OutOfRange, Reason.REASON_OUT_OF_RANGE, Code.OUT_OF_RANGE),
     (errors.BadInput, Reason.REASON_BAD_INPUT, Code.INVALID_ARGUMENT),
     (errors.NotFound, Reason.REASON_NOT_FOUND, Code.NOT_FOUND),
+    (errors.Erased, Reason.REASON_ERASED, Code.ABORTED),
     (errors.Conflict, Reason.REASON_CONFLICT, Code.ABORTED),
     (errors.Corrupt, Reason.REASON_CORRUPT, Code.DATA_LOSS),
     (errors.StorageFailed, Reason.REASON_STORAGE_FAILED, Code.RESOURCE_EXHAUSTED),

@@ -5,6 +5,7 @@ none: without a look at what there is, so that neither words nor time give it aw
 """
 
 import logging
+from datetime import timedelta
 
 import numpy as np
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_ADAPTER = MAX_MESSAGE - (64 << 10)  # bytes; the rest of the message is for what is said of it
 MAX_PAGE = 100
+OLDEST = timedelta(days=3650)  # older than any erasure; its beginning can still be told
 
 
 class AdaptersService:
@@ -72,6 +74,7 @@ class AdaptersService:
             num_examples=request.num_examples,
             metrics=dict(request.metrics),
             idem_key=request.idem_key,
+            age=_age(request.age_ms),
         )
         log.info("device %s published %s", caller.known.name, record.digest[:12])
         revision = self._registry.store.revision(record.owner, record.base)
@@ -181,9 +184,14 @@ class AdaptersService:
         """Delete every version of the calling device's user's own parts, bytes included."""
         base = request.base_digest
         base_or_all = checked_digest(base, "a base model's digest") if base else None
-        erased = self._registry.erase_user(_user(caller), base_or_all)
-        log.info("device %s erased its user's %d versions", caller.known.name, erased)
-        return pb.EraseResponse(versions=erased)
+        erased = self._registry.erase_user(_user(caller), base_or_all).tombstone
+        log.info(
+            "device %s erased its user's %d versions, receipt %s",
+            caller.known.name,
+            erased.versions,
+            erased.receipt,
+        )
+        return pb.EraseResponse(versions=erased.versions)
 
     def _schema_to_publish(self, base: str) -> Schema:
         try:
@@ -332,6 +340,13 @@ def _changeable(wanted: pb.Owner, base: str, caller: Caller) -> tuple[Owner, str
     if owner.kind == "global" and caller.known.kind != "admin":
         raise NotAllowed("everyone's adapters are changed by the operator")
     return owner, base
+
+
+def _age(age_ms: int) -> timedelta:
+    """How long ago a part's training began."""
+    if age_ms < 0:
+        raise BadInput(f"a part's age_ms is not negative, got {age_ms}")
+    return min(timedelta(milliseconds=min(age_ms, 2**53)), OLDEST)
 
 
 def _user(caller: Caller) -> str:

@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import closing
 
-from sqlalchemy import URL, Connection, func, insert, select
+from sqlalchemy import URL, Connection, delete, func, insert, select
 from sqlalchemy import Table as SqlTable
 
 from fedia3.coordinator.stores import sql, sql_directory  # noqa: F401 they declare the tables
 from fedia3.coordinator.stores.engine import Database, Table
+from fedia3.coordinator.stores.sql_tombstones import PepperRow
 from fedia3.errors import Conflict
 
 ROWS_AT_ONCE = 1000
+_OWN = PepperRow.__table__  # a new database has made one up for itself
 
 
 def copy(source: str | URL, target: str | URL) -> int:
@@ -28,6 +30,7 @@ def copy(source: str | URL, target: str | URL) -> int:
         new.writing() as writer,
     ):
         _require_empty(writer)
+        writer.execute(delete(PepperRow))
         return sum(_copy(table, reader, writer) for table in Table.metadata.sorted_tables)
 
 
@@ -44,7 +47,7 @@ def require_empty(target: str | URL) -> None:
 
 def _require_empty(connection: Connection) -> None:
     for table in Table.metadata.sorted_tables:
-        if connection.execute(select(table).limit(1)).first() is not None:
+        if table is not _OWN and connection.execute(select(table).limit(1)).first() is not None:
             raise Conflict(
                 f"the database {connection.engine.url.database} holds a registry already: its "
                 f"table {table.name} has rows; name one that is empty"

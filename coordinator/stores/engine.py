@@ -10,14 +10,25 @@ writes about the same: :mod:`fedia3.coordinator.stores.postgres`.
 
 import os
 import random
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    MetaData,
+    String,
+    create_engine,
+    event,
+    make_url,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase
@@ -35,11 +46,19 @@ _WRITER = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = ON", "PRAGMA secure_delete =
 _READER = (_WAIT, "PRAGMA query_only = ON")
 _MIGRATOR = (_WAIT, *_DURABLE, "PRAGMA foreign_keys = OFF")
 
+OPENING_S = 60.0  # for whoever else makes the database, or brings it up to date
 _TRIES = 4  # of a call that PostgreSQL gives up for another one's sake
 _PAUSE_S = 0.02  # before the second try, at most; doubled before each further one
 
+# As SQLite compares text; PostgreSQL would go by its database's language.
+BY_CODE_POINT = String(128).with_variant(String(128, collation="C"), "postgresql")
+
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
 
 
 class Table(DeclarativeBase):
@@ -112,12 +131,64 @@ class Database:
         with self._translated(), self._reader.begin() as connection:
             yield connection
 
+    def copy_to(self, path: Path) -> None:
+        """Write the file as it is now to a new place, for its owner alone, and flush it.
+
+        Raises:
+            BadSetting: it is a server's.
+            StorageFailed: the disk refused.
+        """
+        if self._postgres is not None:
+            raise BadSetting(
+                f"{self._postgres.name} is copied with PostgreSQL's pg_dump, and blobs/ after it"
+            )
+        _close_to_others(str(path))
+        try:
+            with (
+                self._translated(),
+                closing(self._reader.raw_connection()) as connection,
+                closing(sqlite3.connect(path)) as copy,
+            ):
+                connection.driver_connection.backup(copy)  # type: ignore[union-attr]  # it is open
+        except sqlite3.Error as error:
+            raise StorageFailed(
+                f"cannot copy {self._url.database} to {path}: {error}; make room and try again"
+            ) from error
+
+    def empty_log(self) -> bool:
+        """Write the log's pages into the file and cut it, so that it holds nothing of the past.
+
+        Waits for readers up to five seconds; whether it was done. A server keeps its log for as
+        long as it is set to.
+        """
+        if self._postgres is not None:
+            return False
+        with self._translated(), closing(self._writer.raw_connection()) as connection:
+            statement = "PRAGMA wal_checkpoint(TRUNCATE)"
+            (busy, _pages, _moved) = connection.cursor().execute(statement).fetchone()
+            return not busy
+
     def close(self) -> None:
         """Let go of the file, or of the server."""
         self._reader.dispose()
         self._writer.dispose()
 
     def _migrate(self) -> None:
+        """Bring the file up to date.
+
+        Where others open a new file at the same moment SQLite refuses all but one at once, without
+        a wait: it cannot begin a log while somebody writes.
+        """
+        ends = time.monotonic() + OPENING_S
+        while True:
+            try:
+                return self._migrate_file()
+            except Conflict:
+                if time.monotonic() > ends:
+                    raise
+            time.sleep(random.uniform(0, _PAUSE_S))
+
+    def _migrate_file(self) -> None:
         engine = _engine(self._url, _MIGRATOR, "BEGIN IMMEDIATE", size=None)
         with self._translated(), engine.begin() as connection:
             migrate(connection)
@@ -141,6 +212,8 @@ class Database:
         except PoolTimeout as error:
             name = self._postgres.name if self._postgres else self._url.database
             raise Conflict(f"{name} was busy for 30 seconds; try again") from error
+        except UnicodeDecodeError as error:  # a damaged name in what SQLite says
+            raise Corrupt(f"{self._url.database}: {error}; restore it from a backup") from error
         except DBAPIError as error:
             if self._postgres is not None:
                 raise self._postgres.in_our_words(error) from error
@@ -188,6 +261,16 @@ def _parsed(url: str | URL) -> URL:
     if kind not in ("sqlite", "postgresql", "postgres") or not made.database:
         raise BadSetting(f"{expected}; got one of kind {kind!r}, database {made.database!r}")
     return made.set(drivername="postgresql+psycopg") if kind.startswith("postgres") else made
+
+
+def to_ms(at: datetime) -> int:
+    """Milliseconds since 1970, as tables keep times."""
+    return (at - _EPOCH) // _MILLISECOND
+
+
+def from_ms(ms: int) -> datetime:
+    """UTC."""
+    return _EPOCH + ms * _MILLISECOND
 
 
 def _close_to_others(database: str) -> None:

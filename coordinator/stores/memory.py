@@ -1,8 +1,11 @@
 """A store that forgets at exit: the honest twin of the SQL store, for tests and trial runs."""
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
+from secrets import token_bytes
 from threading import Lock
 
 from fedia3.coordinator.records import (
@@ -14,13 +17,18 @@ from fedia3.coordinator.records import (
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    Tombstone,
 )
 from fedia3.coordinator.store import (
     checked_key,
+    erased_key,
+    hidden,
+    new_tombstone,
     next_event,
     no_alias,
     no_digest,
     no_version,
+    require_begun_after,
     require_next_round,
     require_no_alias,
     require_positive,
@@ -56,10 +64,18 @@ class MemoryStore:
         self._lines: dict[tuple[Owner, str], _Line] = {}
         self._rounds: list[RoundRecord] = []
         self._state: bytes | None = None
+        self._hidden = partial(hidden, token_bytes(32))
+        self._erased_at: dict[tuple[bytes, str | None], datetime] = {}  # by user and base or all
+        self._erased_lines: dict[bytes, tuple[int, int]] = {}  # the numbers they go on with
+        self._erased_keys: set[bytes] = set()
         self._lock = Lock()
 
     def publish(
-        self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+        self,
+        draft: AdapterDraft,
+        at: datetime,
+        idem_key: str | None = None,
+        began_at: datetime | None = None,
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
         idem_key = checked_key(idem_key)
@@ -67,6 +83,7 @@ class MemoryStore:
             published = self._line(draft.owner, draft.base).by_key.get(idem_key or "")
             if published is not None:
                 return require_same_bytes(published, draft)
+            self._require_not_erased(draft, idem_key, began_at)
             record = self._append(draft, at)
             if idem_key is not None:
                 self._lines[draft.owner, draft.base].by_key[idem_key] = record
@@ -129,27 +146,32 @@ class MemoryStore:
             below = (r for r in newest_first if before is None or r.version < before)
             return tuple(islice(below, limit))
 
-    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
-        """See :meth:`fedia3.coordinator.store.Store.unshared`."""
-        mine, others = set[str](), set[str]()
-        with self._lock:
-            for (whose, on), line in self._lines.items():
-                meant = whose == owner and base in (None, on)
-                (mine if meant else others).update(record.digest for record in line.records)
-        return frozenset(mine - others)
-
-    def erase(self, owner: Owner, base: str | None = None) -> int:
+    def erase(
+        self, owner: Owner, base: str | None, at: datetime, remove: Callable[[str], None]
+    ) -> Tombstone:
         """See :meth:`fedia3.coordinator.store.Store.erase`."""
         require_user(owner)
-        erased = 0
         with self._lock:
-            for (whose, on), line in self._lines.items():
-                if whose == owner and base in (None, on):
-                    erased += len(line.records)
-                    self._lines[whose, on] = _Line(
-                        next_version=line.next_version, revision=line.revision + 1
-                    )
-        return erased
+            meant = [on for whose, on in self._lines if whose == owner and base in (None, on)]
+            for digest in self._unshared(owner, meant):
+                remove(digest)
+            lines = [(on, self._lines.pop((owner, on))) for on in meant]
+            for on, line in lines:
+                self._erased_lines[self._hidden(owner.name, on)] = (
+                    line.next_version,
+                    line.revision + 1,
+                )
+                self._erased_keys |= {self._hidden(owner.name, on, key) for key in line.by_key}
+            self._erased_at[self._hidden(owner.name), base] = at
+        return new_tombstone(at, sum(len(line.records) for _on, line in lines))
+
+    def accepted_from(self, clients: Collection[str]) -> tuple[int, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.accepted_from`."""
+        return tuple(
+            made.version
+            for made in self.rounds()
+            if any(c.client in clients and c.verdict == "accepted" for c in made.contributions)
+        )
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
@@ -226,6 +248,31 @@ class MemoryStore:
             below = (e for e in newest_first if before is None or e.rev < before)
             return tuple(islice(below, limit))
 
+    def every_version(
+        self, after: AdapterRecord | None = None, limit: int = 100
+    ) -> tuple[AdapterRecord, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.every_version`."""
+        require_positive(limit)
+        with self._lock:
+            every = sorted((r for line in self._lines.values() for r in line.records), key=_place)
+        behind = (r for r in every if after is None or _place(r) > _place(after))
+        return tuple(islice(behind, limit))
+
+    def faults(self) -> Iterator[str]:
+        """See :meth:`fedia3.coordinator.store.Store.faults`; memory does not rot."""
+        return iter(())
+
+    def unused(self, digests: Collection[str]) -> frozenset[str]:
+        """See :meth:`fedia3.coordinator.store.Store.unused`."""
+        with self._lock:
+            return self._unused(digests)
+
+    def remove_unused(self, digests: Collection[str], remove: Callable[[str], None]) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.remove_unused`."""
+        with self._lock:
+            for digest in self._unused(digests):
+                remove(digest)
+
     def close(self) -> None:
         """Nothing to let go of."""
 
@@ -242,8 +289,30 @@ class MemoryStore:
             line.records[line.records.index(record)] = replace(record, yanked=is_yanked)
             line.revision += 1
 
+    def _unused(self, digests: Collection[str]) -> frozenset[str]:
+        used = {record.digest for line in self._lines.values() for record in line.records}
+        return frozenset(digests) - used
+
+    def _unshared(self, owner: Owner, bases: Collection[str]) -> set[str]:
+        mine, others = set[str](), set[str]()
+        for (whose, on), line in self._lines.items():
+            meant = whose == owner and on in bases
+            (mine if meant else others).update(record.digest for record in line.records)
+        return mine - others
+
+    def _require_not_erased(
+        self, draft: AdapterDraft, idem_key: str | None, began_at: datetime | None
+    ) -> None:
+        owner, base = draft.owner, draft.base
+        if idem_key is not None and self._hidden(owner.name, base, idem_key) in self._erased_keys:
+            raise erased_key(owner)
+        for on in (None, base):
+            if (erased_at := self._erased_at.get((self._hidden(owner.name), on))) is not None:
+                require_begun_after(owner, erased_at, began_at)
+
     def _line(self, owner: Owner, base: str) -> _Line:
-        return self._lines.get((owner, base)) or _Line()
+        number, revision = self._erased_lines.get(self._hidden(owner.name, base), (1, 0))
+        return self._lines.get((owner, base)) or _Line(next_version=number, revision=revision)
 
     def _append(self, draft: AdapterDraft, at: datetime) -> AdapterRecord:
         line = self._line(draft.owner, draft.base)
@@ -255,3 +324,7 @@ class MemoryStore:
         line.revision += 1
         self._lines[draft.owner, draft.base] = line
         return record
+
+
+def _place(record: AdapterRecord) -> tuple[str, Owner, str, int]:
+    return record.digest, record.owner, record.base, record.version

@@ -5,6 +5,7 @@ from dataclasses import replace
 from threading import Lock
 
 from fedia3.coordinator.directory import (
+    FORGOTTEN,
     INVITE_KEPT_MS,
     TOKENS_OF_A_DEVICE,
     Device,
@@ -112,6 +113,22 @@ class MemoryDirectory:
                 device = self._devices[device_id] = replace(device, revoked_ms=now_ms)
             self._end_tokens(device_id)
             return device
+
+    def devices_of(self, user: str) -> Sequence[Device]:
+        """See :meth:`fedia3.coordinator.directory.Directory.devices_of`."""
+        with self._lock:
+            return tuple(d for d in self._devices.values() if d.user == user)
+
+    def forget_user(self, user: str, now_ms: int) -> bool:
+        """See :meth:`fedia3.coordinator.directory.Directory.forget_user`."""
+        for device in self.devices_of(user):
+            self.revoke(device.device_id, now_ms)
+            with self._lock:
+                revoked = self._devices[device.device_id]
+                self._devices[device.device_id] = replace(revoked, user=FORGOTTEN, name=FORGOTTEN)
+        with self._lock:
+            self._invites = {k: i for k, i in self._invites.items() if i.user != user}
+        return True
 
     def saw(self, device_ids: Sequence[str], now_ms: int) -> None:
         """See :meth:`fedia3.coordinator.directory.Directory.saw`."""

@@ -1,7 +1,9 @@
 """The store that lasts: what the registry remembers, in SQLAlchemy tables."""
 
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from hashlib import sha256
 from itertools import groupby
 from json import loads
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     URL,
     BigInteger,
+    ColumnElement,
     Connection,
     Double,
     ForeignKey,
@@ -26,6 +29,8 @@ from sqlalchemy import (
     exists,
     insert,
     select,
+    true,
+    tuple_,
     update,
 )
 from sqlalchemy.orm import Mapped, aliased, mapped_column
@@ -40,10 +45,13 @@ from fedia3.coordinator.records import (
     OwnerKind,
     RoundCommit,
     RoundRecord,
+    Tombstone,
     metrics_to_json,
 )
 from fedia3.coordinator.store import (
     checked_key,
+    hidden,
+    new_tombstone,
     next_event,
     no_alias,
     no_digest,
@@ -54,12 +62,16 @@ from fedia3.coordinator.store import (
     require_same_bytes,
     require_user,
 )
-from fedia3.coordinator.stores.engine import Database, Table, findable, retried
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
-# As SQLite compares text; PostgreSQL would go by its database's language.
-BY_CODE_POINT = String(128).with_variant(String(128, collation="C"), "postgresql")
+from fedia3.coordinator.stores import sql_seals, sql_tombstones
+from fedia3.coordinator.stores.engine import (
+    BY_CODE_POINT,
+    Database,
+    Table,
+    findable,
+    from_ms,
+    retried,
+    to_ms,
+)
 
 
 class AdapterRow(Table):
@@ -206,7 +218,11 @@ class SqlStore:
 
     @retried
     def publish(
-        self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+        self,
+        draft: AdapterDraft,
+        at: datetime,
+        idem_key: str | None = None,
+        began_at: datetime | None = None,
     ) -> AdapterRecord:
         """See :meth:`fedia3.coordinator.store.Store.publish`."""
         idem_key = checked_key(idem_key)
@@ -215,6 +231,7 @@ class SqlStore:
                 published = _by_key(connection, draft, idem_key)
                 if published is not None:
                     return require_same_bytes(published, draft)
+            sql_tombstones.require_not_erased(connection, draft, idem_key, began_at)
             return _append(connection, draft, at, idem_key)[1]
 
     @retried
@@ -229,15 +246,21 @@ class SqlStore:
                     adapter_id=adapter_id,
                     version=record.version,
                     metrics=metrics_to_json(commit.metrics),
-                    committed_ms=_to_ms(at),
+                    committed_ms=to_ms(at),
                 )
             )
             if commit.contributions:
                 connection.execute(insert(ContributionRow), _contribution_values(commit))
+            sql_seals.break_seals(connection, [seal for _name, seal in state_seals(connection)])
             connection.execute(delete(StateRow))
             connection.execute(
                 insert(StateRow).values(round_num=commit.round_num, state=commit.state)
             )
+            for _name, seal in (
+                *round_seals(connection, RoundRow.round_num == commit.round_num),
+                *state_seals(connection),
+            ):
+                sql_seals.add_seal(connection, seal)
             return record
 
     def latest_round(self) -> RoundRecord | None:
@@ -281,32 +304,31 @@ class SqlStore:
             rows = connection.execute(query).all()
         return tuple(_adapter_record(row) for row in rows)
 
-    def unshared(self, owner: Owner, base: str | None = None) -> frozenset[str]:
-        """See :meth:`fedia3.coordinator.store.Store.unshared`."""
-        mine = _line_ids(owner, base)
-        other = aliased(VersionRow)
-        shared = select(other.digest).where(
-            other.digest == VersionRow.digest, other.adapter_id.not_in(mine)
-        )
-        query = select(VersionRow.digest).where(VersionRow.adapter_id.in_(mine), ~shared.exists())
-        with self._database.reading() as connection:
-            return frozenset(connection.scalars(query))
-
     @retried
-    def erase(self, owner: Owner, base: str | None = None) -> int:
+    def erase(
+        self, owner: Owner, base: str | None, at: datetime, remove: Callable[[str], None]
+    ) -> Tombstone:
         """See :meth:`fedia3.coordinator.store.Store.erase`."""
         require_user(owner)
-        lines = _line_ids(owner, base)
-        with self._database.writing(str(owner)) as connection:
-            for table in (YankRow, AliasEventRow):
-                connection.execute(delete(table).where(table.adapter_id.in_(lines)))
-            erased = connection.execute(delete(VersionRow).where(VersionRow.adapter_id.in_(lines)))
-            connection.execute(
-                update(AdapterRow)
-                .where(AdapterRow.id.in_(lines))
-                .values(revision=AdapterRow.revision + 1)
-            )
-            return erased.rowcount
+        with self._database.writing() as connection:
+            for digest in _unshared(connection, owner, base):
+                remove(digest)
+            versions = _erase_lines(connection, owner, base)
+            tombstone = new_tombstone(at, versions)
+            sql_tombstones.bury(connection, owner, tombstone, base)
+        return replace(tombstone, traceless=self._database.empty_log())
+
+    def accepted_from(self, clients: Collection[str]) -> tuple[int, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.accepted_from`."""
+        query = (
+            select(RoundRow.version)
+            .join(ContributionRow, ContributionRow.round_num == RoundRow.round_num)
+            .where(ContributionRow.client.in_(list(clients)), ContributionRow.verdict == "accepted")
+            .distinct()
+            .order_by(RoundRow.version)
+        )
+        with self._database.reading() as connection:
+            return tuple(connection.scalars(query))
 
     def owners(
         self, kind: OwnerKind, after: str | None = None, limit: int = 100
@@ -342,7 +364,10 @@ class SqlStore:
         """See :meth:`fedia3.coordinator.store.Store.revision`."""
         query = select(AdapterRow.revision).where(*_is_line(owner, base))
         with self._database.reading() as connection:
-            return connection.execute(query).scalar_one_or_none() or 0
+            revision = connection.execute(query).scalar_one_or_none()
+            if revision is None:
+                revision = sql_tombstones.erased_counters(connection, owner, base).revision
+            return revision
 
     @retried
     def yank(self, owner: Owner, base: str, version: int) -> None:
@@ -394,7 +419,7 @@ class SqlStore:
                         version=event.version,
                         actor=event.actor,
                         reason=event.reason,
-                        at_ms=_to_ms(event.at),
+                        at_ms=to_ms(event.at),
                     )
                 )
                 _note_change(connection, adapter_id)
@@ -404,7 +429,7 @@ class SqlStore:
         """See :meth:`fedia3.coordinator.store.Store.alias`."""
         query = _select_events(owner, base, name).limit(1)
         if at is not None:
-            query = query.where(AliasEventRow.at_ms <= _to_ms(at))
+            query = query.where(AliasEventRow.at_ms <= to_ms(at))
         with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None or row.version is None:
@@ -431,6 +456,74 @@ class SqlStore:
         with self._database.reading() as connection:
             return tuple(_alias_event(row) for row in connection.execute(query))
 
+    def every_version(
+        self, after: AdapterRecord | None = None, limit: int = 100
+    ) -> tuple[AdapterRecord, ...]:
+        """See :meth:`fedia3.coordinator.store.Store.every_version`."""
+        require_positive(limit)
+        place = (
+            VersionRow.digest,
+            AdapterRow.owner_kind,
+            AdapterRow.owner_name,
+            AdapterRow.base,
+            VersionRow.version,
+        )
+        query = _SELECT_VERSIONS.order_by(*place).limit(limit)
+        if after is not None:
+            owner = after.owner
+            behind = (after.digest, owner.kind, owner.name, after.base, after.version)
+            query = query.where(VersionRow.digest >= after.digest, tuple_(*place) > tuple_(*behind))
+        with self._database.reading() as connection:
+            return tuple(_adapter_record(row) for row in connection.execute(query))
+
+    def faults(self) -> Iterator[str]:
+        """See :meth:`fedia3.coordinator.store.Store.faults`."""
+        from fedia3.coordinator.stores.sql_faults import (  # noqa: PLC0415 it needs these tables
+            faults,
+        )
+
+        with self._database.reading() as connection:
+            yield from faults(connection)
+
+    def unused(self, digests: Collection[str]) -> frozenset[str]:
+        """See :meth:`fedia3.coordinator.store.Store.unused`."""
+        with self._database.reading() as connection:
+            return _unused(connection, digests)
+
+    def remove_unused(self, digests: Collection[str], remove: Callable[[str], None]) -> None:
+        """See :meth:`fedia3.coordinator.store.Store.remove_unused`."""
+        with self._database.writing() as connection:
+            for digest in _unused(connection, digests):
+                remove(digest)
+
+    def copy_to(self, path: Path) -> None:
+        """Write the database as it is now to a new file.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        self._database.copy_to(path)
+
+    def replay_erasures(self, known: "SqlStore", remove: Callable[[str], None]) -> None:
+        """Erase whom another state of this registry knows as erased, as :meth:`erase` would.
+
+        Raises:
+            BadInput: it is no state of this registry.
+        """
+        with known._database.reading() as theirs:
+            buried = sql_tombstones.dug_up(theirs)
+        with self._database.writing() as connection:
+            fresh = sql_tombstones.adopt(connection, buried)
+            users = select(AdapterRow.owner_name).where(AdapterRow.owner_kind == "user").distinct()
+            for name in connection.scalars(users).all():
+                owner = Owner.user(name)
+                for base in fresh.get(hidden(buried.pepper, name), ()):
+                    for digest in _unshared(connection, owner, base):
+                        remove(digest)
+                    _erase_lines(connection, owner, base)
+            sql_tombstones.adopt_lines(connection, buried)
+        self._database.empty_log()
+
     def close(self) -> None:
         """See :meth:`fedia3.coordinator.store.Store.close`."""
         self._database.close()
@@ -455,11 +548,58 @@ def _append(
             metrics=metrics_to_json(draft.metrics),
             parent=draft.parent,
             global_digest=draft.global_digest,
-            created_ms=_to_ms(at),
+            created_ms=to_ms(at),
             idem_key=idem_key,
         )
     )
+    (seal,) = version_seals(connection, VersionRow.version == version, adapter_id)
+    sql_seals.add_seal(connection, seal[1])
     return adapter_id, AdapterRecord(**vars(draft), version=version, created_at=at)
+
+
+def version_seals(
+    connection: Connection, which: ColumnElement[bool], adapter_id: int | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """Versions and what seals each, of one line or of all."""
+    line, version = AdapterRow, VersionRow
+    query = select(
+        line.owner_kind, line.owner_name, line.base,
+        version.version, version.form, version.digest, version.schema_digest, version.round_num,
+        version.num_examples, version.metrics, version.parent, version.global_digest,
+        version.created_ms, version.idem_key,
+    ).join(version, version.adapter_id == line.id).where(which)  # fmt: skip
+    if adapter_id is not None:
+        query = query.where(line.id == adapter_id)
+    for row in connection.execute(query.execution_options(yield_per=200)):
+        owner = row.owner_name or "everyone"
+        name = f"version {row.version} of {owner!r} on base {row.base[:12]}"
+        yield name, sql_seals.seal_of("version", list(row))
+
+
+def round_seals(connection: Connection, which: ColumnElement[bool]) -> Iterator[tuple[str, bytes]]:
+    """Rounds and what seals each, with its people."""
+    rounds = select(
+        RoundRow.round_num, RoundRow.version, RoundRow.metrics, RoundRow.committed_ms
+    ).where(which)
+    for row in connection.execute(rounds.execution_options(yield_per=200)):
+        people = connection.execute(
+            select(
+                ContributionRow.position, ContributionRow.client, ContributionRow.verdict,
+                ContributionRow.reason, ContributionRow.num_examples, ContributionRow.norm,
+                ContributionRow.metrics,
+            )
+            .where(ContributionRow.round_num == row.round_num)
+            .order_by(ContributionRow.position)
+        )  # fmt: skip
+        values = [*row, [list(person) for person in people]]
+        yield f"round {row.round_num}", sql_seals.seal_of("round", values)
+
+
+def state_seals(connection: Connection) -> Iterator[tuple[str, bytes]]:
+    """The server state, once there is one, and what seals it."""
+    for round_num, state in connection.execute(select(StateRow.round_num, StateRow.state)).all():
+        values = [round_num, sha256(state).hexdigest()]
+        yield "the server state", sql_seals.seal_of("state", values)
 
 
 def _take_version(connection: Connection, owner: Owner, base: str) -> tuple[int, int]:
@@ -472,12 +612,19 @@ def _take_version(connection: Connection, owner: Owner, base: str) -> tuple[int,
     ).one_or_none()
     if taken is not None:
         return taken.id, taken.next_version - 1
+    first, revision = sql_tombstones.exhumed_counters(connection, owner, base)
     new_id = connection.execute(
         insert(AdapterRow)
-        .values(owner_kind=owner.kind, owner_name=owner.name, base=base, next_version=2, revision=1)
+        .values(
+            owner_kind=owner.kind,
+            owner_name=owner.name,
+            base=base,
+            next_version=first + 1,
+            revision=revision + 1,
+        )
         .returning(AdapterRow.id)
     ).scalar_one()
-    return new_id, 1
+    return new_id, first
 
 
 def _line_id(connection: Connection, owner: Owner, base: str) -> int:
@@ -537,6 +684,13 @@ def _by_key(connection: Connection, draft: AdapterDraft, idem_key: str) -> Adapt
     return None if row is None else _adapter_record(row)
 
 
+def _unused(connection: Connection, digests: Collection[str]) -> frozenset[str]:
+    used = connection.scalars(
+        select(VersionRow.digest).where(VersionRow.digest.in_(list(digests))).distinct()
+    )
+    return frozenset(digests) - set(used)
+
+
 def _latest_round(connection: Connection) -> RoundRecord | None:
     row = connection.execute(
         _SELECT_ROUNDS.order_by(RoundRow.round_num.desc()).limit(1)
@@ -545,6 +699,39 @@ def _latest_round(connection: Connection) -> RoundRecord | None:
         return None
     query = _SELECT_CONTRIBUTIONS.where(ContributionRow.round_num == row.round_num)
     return _round_records([row], connection.execute(query).all())[0]
+
+
+def _unshared(connection: Connection, owner: Owner, base: str | None) -> frozenset[str]:
+    """Digests that versions of this owner, on one base or on all, have and no others have."""
+    mine = _line_ids(owner, base)
+    other = aliased(VersionRow)
+    shared = select(other.digest).where(
+        other.digest == VersionRow.digest, other.adapter_id.not_in(mine)
+    )
+    query = select(VersionRow.digest).where(VersionRow.adapter_id.in_(mine), ~shared.exists())
+    return frozenset(connection.scalars(query))
+
+
+def _erase_lines(connection: Connection, owner: Owner, base: str | None) -> int:
+    """Delete the owner's versions and the lines that name them; how many versions there were."""
+    lines = AdapterRow.id.in_(_line_ids(owner, base))
+    versions = 0
+    for row in connection.execute(select(AdapterRow.__table__).where(lines)).all():
+        of_line = VersionRow.adapter_id == row.id
+        keys = connection.scalars(
+            select(VersionRow.idem_key).where(of_line, VersionRow.idem_key.is_not(None))
+        ).all()
+        counters = sql_tombstones.Counters(row.next_version, row.revision + 1)
+        sql_tombstones.bury_line(
+            connection, owner, row.base, counters, [key for key in keys if key is not None]
+        )
+        for table in (YankRow, AliasEventRow):
+            connection.execute(delete(table).where(table.adapter_id == row.id))
+        seals = [seal for _name, seal in version_seals(connection, true(), row.id)]
+        sql_seals.break_seals(connection, seals)
+        versions += connection.execute(delete(VersionRow).where(of_line)).rowcount
+        connection.execute(delete(AdapterRow).where(AdapterRow.id == row.id))
+    return versions
 
 
 def _line_ids(owner: Owner, base: str | None) -> Select[int]:
@@ -564,22 +751,7 @@ def _is_line(owner: Owner, base: str) -> tuple[Any, ...]:  # Any: SQLAlchemy's o
 
 
 def _select_versions(owner: Owner, base: str) -> Select[Any]:  # Any: rows are read by name
-    return (
-        select(
-            AdapterRow.owner_kind,
-            AdapterRow.owner_name,
-            AdapterRow.base,
-            VersionRow.__table__,
-            YankRow.version.is_not(None).label("yanked"),
-        )
-        .join(VersionRow, VersionRow.adapter_id == AdapterRow.id)
-        .outerjoin(
-            YankRow,
-            (YankRow.adapter_id == VersionRow.adapter_id) & (YankRow.version == VersionRow.version),
-        )
-        .where(*_is_line(owner, base))
-        .order_by(VersionRow.version.desc())
-    )
+    return _SELECT_VERSIONS.where(*_is_line(owner, base)).order_by(VersionRow.version.desc())
 
 
 def _select_events(owner: Owner, base: str, name: str | None = None) -> Select[Any]:  # as above
@@ -596,6 +768,20 @@ def _select_events(owner: Owner, base: str, name: str | None = None) -> Select[A
 
 
 _HAS_VERSIONS = select(VersionRow.version).where(VersionRow.adapter_id == AdapterRow.id).exists()
+_SELECT_VERSIONS = (
+    select(
+        AdapterRow.owner_kind,
+        AdapterRow.owner_name,
+        AdapterRow.base,
+        VersionRow.__table__,
+        YankRow.version.is_not(None).label("yanked"),
+    )
+    .join(VersionRow, VersionRow.adapter_id == AdapterRow.id)
+    .outerjoin(
+        YankRow,
+        (YankRow.adapter_id == VersionRow.adapter_id) & (YankRow.version == VersionRow.version),
+    )
+)
 _SELECT_ROUNDS = (
     select(RoundRow.__table__, AdapterRow.base, VersionRow.digest)
     .join(
@@ -622,7 +808,7 @@ def _adapter_record(row: Row[Any]) -> AdapterRecord:  # Any: rows are read by na
         parent=row.parent,
         global_digest=row.global_digest,
         version=row.version,
-        created_at=_from_ms(row.created_ms),
+        created_at=from_ms(row.created_ms),
         yanked=bool(row.yanked),
     )
 
@@ -636,7 +822,7 @@ def _alias_event(row: Row[Any]) -> AliasEvent:  # Any: rows are read by name
         actor=row.actor,
         reason=row.reason,
         rev=row.rev,
-        at=_from_ms(row.at_ms),
+        at=from_ms(row.at_ms),
     )
 
 
@@ -657,7 +843,7 @@ def _round_records(
             digest=row.digest,
             contributions=by_round.get(row.round_num, ()),
             metrics=loads(row.metrics),
-            committed_at=_from_ms(row.committed_ms),
+            committed_at=from_ms(row.committed_ms),
         )
         for row in rounds
     )
@@ -688,11 +874,3 @@ def _contribution_values(commit: RoundCommit) -> list[dict[str, object]]:
         }
         for position, contribution in enumerate(commit.contributions)
     ]
-
-
-def _to_ms(at: datetime) -> int:
-    return (at - _EPOCH) // _MILLISECOND
-
-
-def _from_ms(ms: int) -> datetime:
-    return _EPOCH + ms * _MILLISECOND

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Text,
     bindparam,
     delete,
+    func,
     insert,
     or_,
     select,
@@ -25,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from fedia3.coordinator.directory import (
+    FORGOTTEN,
     INVITE_KEPT_MS,
     TOKENS_OF_A_DEVICE,
     Device,
@@ -222,6 +224,26 @@ class SqlDirectory:
             )
             _end_tokens(connection, device_id)
             return _require_device(connection, device_id)
+
+    def devices_of(self, user: str) -> Sequence[Device]:
+        """See :meth:`fedia3.coordinator.directory.Directory.devices_of`."""
+        query = select(DeviceRow.__table__).where(DeviceRow.user_name == findable(user))
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(DeviceRow.number)).all()
+        return tuple(_device(row) for row in rows)
+
+    @retried
+    def forget_user(self, user: str, now_ms: int) -> bool:
+        """See :meth:`fedia3.coordinator.directory.Directory.forget_user`."""
+        theirs = DeviceRow.user_name == findable(user)
+        with self._database.writing(_DIRECTORY) as connection:
+            for device_id in connection.scalars(select(DeviceRow.device_id).where(theirs)).all():
+                _end_tokens(connection, device_id)
+            connection.execute(delete(InviteRow).where(InviteRow.user_name == user))
+            revoked_ms = func.coalesce(DeviceRow.revoked_ms, now_ms)
+            forgotten = {"revoked_ms": revoked_ms, "user_name": FORGOTTEN, "name": FORGOTTEN}
+            connection.execute(update(DeviceRow).where(theirs).values(forgotten))
+        return self._database.empty_log()
 
     @retried
     def saw(self, device_ids: Sequence[str], now_ms: int) -> None:

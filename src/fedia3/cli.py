@@ -18,7 +18,7 @@ import typer
 from click.core import ParameterSource
 from rich.markup import escape
 
-from fedia3 import __version__
+from fedia3 import __version__, cli_upkeep  # noqa: F401  its commands join the registry's
 from fedia3.cli_client import client_app
 from fedia3.cli_coordinator import coordinator_app
 from fedia3.cli_registry import registry_app

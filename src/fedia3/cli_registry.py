@@ -246,7 +246,7 @@ def copy(
     from fedia3.coordinator.stores import copy as copying  # noqa: PLC0415  # as above
     from fedia3.coordinator.stores.engine import Database  # noqa: PLC0415  # as above
 
-    folder = _folder(at)
+    folder = registry_folder(at)
     is_coordinators = (folder.parent / "coordinator.toml").is_file()
     with serving_alone(folder.parent) if is_coordinators else nullcontext():
         rows = copying.copy(Database.url_of(folder / "registry.db"), to)
@@ -470,15 +470,30 @@ def open_registry(at: Path) -> "Registry":
     Raises:
         NotFound: there is none; none is made.
     """
-    from fedia3.coordinator.config import read_config  # noqa: PLC0415  # --help stays fast
-    from fedia3.coordinator.registry import Registry  # noqa: PLC0415  # as above
+    from fedia3.coordinator.registry import Registry  # noqa: PLC0415  # --help stays fast
 
-    if (at / "coordinator.toml").is_file() and (config := read_config(at)).database:
-        return Registry.open(config.registry, config.database)
-    return Registry.open(_folder(at))
+    return Registry.open(*registry_place(at))
 
 
-def _folder(at: Path) -> Path:
+def registry_place(at: Path) -> tuple[Path, str | None]:
+    """The registry's folder, and its database's URL where that is not ``registry.db`` in it.
+
+    Raises:
+        NotFound: there is none.
+    """
+    from fedia3.coordinator.config import FILE_NAME, read_config  # noqa: PLC0415  # as above
+
+    if (at / FILE_NAME).is_file() and (config := read_config(at)).database:
+        return config.registry, config.database
+    return registry_folder(at), None
+
+
+def registry_folder(at: Path) -> Path:
+    """This folder, or ``registry/`` below it: where ``registry.db`` lies.
+
+    Raises:
+        NotFound: there is none.
+    """
     for folder in (at, at / "registry"):
         if (folder / "registry.db").is_file():
             return folder

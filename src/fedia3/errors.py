@@ -11,6 +11,7 @@
     │   └── WrongBaseModel     two things that belong to different base models met
     ├── NotFound               no such owner, version, run or base model
     ├── Conflict               somebody else was first, or the same key names other bytes
+    │   └── Erased             what is published was erased by its owner, or began before they did
     ├── Corrupt                stored bytes do not match their digest
     ├── StorageFailed          the disk refused; nothing was changed
     ├── NoGradient             training cannot move a vector, and names it
@@ -79,6 +80,10 @@ class Conflict(Fedia3Error):
     """Somebody else was first, or the same key names other bytes."""
 
     exit_code = 5
+
+
+class Erased(Conflict):
+    """What is published was erased by its owner, or began before the erasure."""
 
 
 class Corrupt(Fedia3Error):

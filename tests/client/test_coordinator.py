@@ -25,6 +25,7 @@ from fedia3.errors import (
     BadSignature,
     BadToken,
     Conflict,
+    Erased,
     NotAllowed,
     NotFound,
     Unreachable,
@@ -336,7 +337,10 @@ def test_erasing_deletes_here_and_there(service: RunningService, ann: Coordinato
     with pytest.raises(NotFound):
         ann.fetch("ann")
     assert ann.served().choice == "global"
-    assert ann.publish(part_on(service, trained_on, 0.5), num_examples=7).version == 3
+    with pytest.raises(Erased, match="a new key"):
+        ann.publish(part_on(service, trained_on, 0.5), num_examples=7)
+    again = ann.publish(part_on(service, trained_on, 0.5), num_examples=7, idem_key="anew")
+    assert again.version == 3
 
 
 def test_what_the_user_erased_elsewhere_is_not_served(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedia3.coordinator.directory import Device, Invite, Token, open_directory
-from fedia3.coordinator.records import AdapterDraft, Contribution, Owner, RoundCommit
+from fedia3.coordinator.records import AdapterDraft, AliasMove, Contribution, Owner, RoundCommit
 from fedia3.coordinator.registry import Registry
 from fedia3.coordinator.stores.copy import copy
-from fedia3.errors import Conflict
+from fedia3.errors import Conflict, Erased
 
 NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
 NOW = 1_900_000_000_000
@@ -72,23 +72,29 @@ def folder(tmp_path: Path) -> Path:
         registry.store.commit_round(
             RoundCommit(0, b"state \0", draft(EVERYONE, 1), people, {"loss": 2.5}), NOON
         )
-        registry.store.publish(draft(ANNA, 2), NOON)
-        registry.store.erase(ANNA)
+        registry.store.publish(draft(ANNA, 2), NOON, idem_key="erased")
+        registry.erase_user(ANNA.name)
         for number in (3, 4):
             registry.store.publish(draft(ANNA, number), NOON, idem_key=f"key {number}")
+        registry.promote(AliasMove(owner=ANNA, base=BASE, name="stable", version=2))
+        registry.store.yank(ANNA, BASE, 3)
     enrol(folder, 1)
     return folder
 
 
 def test_everything_is_the_same_in_the_other_database(folder: Path, target: str) -> None:
     """
-    Two lines with three versions, a round with two people and a state, a device with its token and
-    invite: 2 + 3 + 1 + 2 + 1 + 1 + 1 + 1 rows.
+    Two lines with three versions, an alias, a yank, a round with two people and a state, five
+    seals, a device with its token and invite, an erasure's tombstone and key, and the pepper.
     """
-    assert copy(f"sqlite:///{folder}/registry.db", target) == 12
+    rows = 2 + 3 + 1 + 1 + 1 + 2 + 1 + 5 + 1 + 1 + 1 + 2 + 1
+    assert copy(f"sqlite:///{folder}/registry.db", target) == rows
     with Registry.open(folder) as old, Registry.open(folder, target) as new:
         assert new.versions(ANNA, BASE) == old.versions(ANNA, BASE)
         assert [r.version for r in new.versions(ANNA, BASE)] == [3, 2]
+        assert new.store.aliases(ANNA, BASE) == old.store.aliases(ANNA, BASE)
+        assert new.store.revision(ANNA, BASE) == old.store.revision(ANNA, BASE)
+        assert list(new.store.faults()) == []
         assert new.rounds() == old.rounds()
         assert new.server_state() == old.server_state() == b"state \0"
     with closing(open_directory(folder, target)) as directory:
@@ -108,6 +114,8 @@ def test_the_other_database_goes_on_where_the_first_one_ended(folder: Path, targ
         assert store.publish(draft(ANNA, 5), NOON).version == 4
         assert store.publish(draft(ANNA, 3), NOON, idem_key="key 3").version == 2
         assert store.publish(draft(Owner.user("bob"), 6), NOON).version == 1
+        with pytest.raises(Erased):
+            store.publish(draft(ANNA, 2), NOON, idem_key="erased")
         with pytest.raises(Conflict, match="round 1 is next"):
             store.commit_round(RoundCommit(0, b"", draft(EVERYONE, 7)), NOON)
     with closing(open_directory(folder, target)) as directory:

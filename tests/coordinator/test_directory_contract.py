@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedia3.coordinator.directory import (
+    FORGOTTEN,
     TOKENS_OF_A_DEVICE,
     Device,
     Directory,
@@ -532,3 +533,23 @@ def test_a_directory_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadSetting, match="choose a folder"):
         open_directory(tmp_path / "file")
+
+
+def test_a_forgotten_users_devices_have_no_name_and_no_access(directory: Directory) -> None:
+    """
+    Anna's two devices are shut out and nobody's, her open invite is gone; bob's are as they were.
+    """
+    enrolled(directory, 1)
+    enrolled(directory, 2)
+    bobs = enrolled(directory, 3, "bob")
+    directory.add_invite(invite(9))
+    assert [d.device_id for d in directory.devices_of("anna")] == [f"{n:032x}" for n in (1, 2)]
+    directory.forget_user("anna", LATER)
+    assert directory.devices_of("anna") == ()
+    assert directory.enrolled() == (bobs,)
+    shut_out = directory.device(f"{1:032x}")
+    assert (shut_out.user, shut_out.name, shut_out.revoked_ms) == (FORGOTTEN, FORGOTTEN, LATER)
+    with pytest.raises(BadInvite):
+        directory.invite(invite(9).code_sha256, NOW)
+    directory.forget_user("anna", LATER + 1)
+    assert directory.device(f"{1:032x}").revoked_ms == LATER

@@ -128,7 +128,7 @@ def test_the_migrations_have_one_head(path: Path) -> None:
     Two heads would leave it open which schema is the newest.
     """
     with connected(path) as connection:
-        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0003"]
+        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == ["0004"]
 
 
 def test_down_and_up_again_ends_at_the_same_schema(path: Path) -> None:
@@ -190,6 +190,7 @@ def test_a_registry_of_the_first_schema_keeps_its_rows(path: Path) -> None:
     assert [c.client for c in store.rounds()[0].contributions] == ["anna"]
     assert store.revision(Owner.everyone(), ZERO) == 1  # one version was published
     assert SqlDirectory.at(path).enrolled() == ()
+    assert list(store.faults()) == []  # the migration sealed what was there
 
 
 def test_going_back_to_the_first_schema_keeps_the_registry(url: str) -> None:

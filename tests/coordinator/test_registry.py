@@ -74,7 +74,7 @@ def test_erasing_a_user_deletes_their_bytes(registry: Registry) -> None:
     same = personal(0, 0, on=adapter(1, 2))
     both = registry.publish_personal("anna", same, num_examples=1)
     registry.publish_personal("bob", same, num_examples=1)
-    assert registry.erase_user("anna") == 2
+    assert registry.erase_user("anna").tombstone.versions == 2
     assert not registry.blobs.has(mine.digest)
     assert registry.blobs.has(both.digest)
     assert registry.resolve("anna", SCHEMA).personal is None
@@ -89,7 +89,7 @@ def test_an_erasure_that_was_cut_short_is_finished_by_asking_again(registry: Reg
     registry.publish_global(adapter(1, 2))
     mine = registry.publish_personal("anna", personal(1, 1, on=adapter(1, 2)), num_examples=1)
     registry.blobs.delete(mine.digest)
-    assert registry.erase_user("anna") == 1
+    assert registry.erase_user("anna").tombstone.versions == 1
     assert registry.versions(Owner.user("anna"), BASE) == ()
 
 
@@ -415,7 +415,11 @@ def test_the_bytes_are_kept_before_the_version_is_known() -> None:
 
     class Refusing(MemoryStore):
         def publish(
-            self, draft: AdapterDraft, at: datetime, idem_key: str | None = None
+            self,
+            draft: AdapterDraft,
+            at: datetime,
+            idem_key: str | None = None,
+            began_at: datetime | None = None,
         ) -> AdapterRecord:
             raise Conflict("busy")
 

@@ -20,9 +20,18 @@ from fedia3.coordinator.records import (
 from fedia3.coordinator.store import Store
 from fedia3.coordinator.stores.memory import MemoryStore
 from fedia3.coordinator.stores.sql import SqlStore
-from fedia3.errors import BadInput, BadSetting, Conflict, NotFound, WrongBaseModel
+from fedia3.errors import (
+    BadInput,
+    BadSetting,
+    Conflict,
+    Erased,
+    NotFound,
+    StorageFailed,
+    WrongBaseModel,
+)
 
 NOON = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
+LATER = NOON + timedelta(milliseconds=1)
 BASE, OTHER_BASE = "b" * 64, "c" * 64
 EVERYONE, ANNA, BOB = Owner.everyone(), Owner.user("anna"), Owner.user("bob")
 
@@ -86,6 +95,11 @@ def commit(round_num: int, number: int | None = None, **fields: object) -> Round
         metrics={"loss": 2.5},
     )
     return replace(plain, **fields)  # type: ignore[arg-type]  # the test names real fields
+
+
+def erase(store: Store, owner: Owner, base: str | None = None) -> int:
+    """Erase at noon, with no bytes to remove; how many versions there were."""
+    return store.erase(owner, base, NOON, lambda digest: None).versions
 
 
 def test_an_owners_versions_count_from_one(store: Store) -> None:
@@ -282,13 +296,104 @@ def test_a_page_without_room_is_refused(store: Store) -> None:
 
 def test_an_erased_users_numbers_are_not_given_again(store: Store) -> None:
     """
-    After two erased versions the next one is version 3, also under a key that was used before.
+    After two erased versions the next one is version 3, and after that is erased, 4.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(ANNA, 2), NOON)
+    assert erase(store, ANNA) == 2
+    assert store.versions(ANNA, BASE) == ()
+    assert store.publish(draft(ANNA, 3), NOON).version == 3
+    assert erase(store, ANNA) == 1
+    assert store.publish(draft(ANNA, 3), NOON).version == 4
+
+
+def test_an_erased_versions_key_stays_refused(store: Store) -> None:
+    """
+    Whoever repeats a publish after the erasure brings nothing back, with whatever bytes; the same
+    key on another base, of another user, and a new one are free.
     """
     store.publish(draft(ANNA, 1), NOON, idem_key="one")
-    store.publish(draft(ANNA, 2), NOON)
-    assert store.erase(ANNA) == 2
-    assert store.versions(ANNA, BASE) == ()
-    assert store.publish(draft(ANNA, 3), NOON, idem_key="one").version == 3
+    erase(store, ANNA)
+    for number in (1, 2):
+        with pytest.raises(Erased, match="a new key"):
+            store.publish(draft(ANNA, number), LATER, idem_key="one", began_at=LATER)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), LATER, idem_key="one")
+    store.publish(draft(BOB, 1), LATER, idem_key="one")
+    assert store.publish(draft(ANNA, 1), LATER, idem_key="two", began_at=LATER).version == 2
+    erase(store, ANNA)
+    for key in ("one", "two"):
+        with pytest.raises(Erased):
+            store.publish(draft(ANNA, 1), LATER, idem_key=key)
+
+
+def test_what_began_before_an_erasure_is_not_published_after_it(store: Store) -> None:
+    """
+    Begun at noon, erased at noon: refused, and no number is spent. Begun later it is taken, and so
+    is bob's.
+    """
+    erase(store, ANNA)
+    with pytest.raises(Erased, match="train it anew"):
+        store.publish(draft(ANNA, 1), LATER, began_at=NOON)
+    assert store.publish(draft(BOB, 1), LATER, began_at=NOON).version == 1
+    assert store.publish(draft(ANNA, 1), LATER, began_at=LATER).version == 1
+
+
+def test_an_erasure_on_one_base_refuses_nothing_on_another(store: Store) -> None:
+    """
+    What began before is taken on the other base; an erasure on all bases ends that as well.
+    """
+    erase(store, ANNA, BASE)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), LATER, began_at=NOON)
+    erase(store, ANNA)
+    with pytest.raises(Erased):
+        store.publish(draft(ANNA, 1, base=OTHER_BASE), LATER, began_at=NOON)
+
+
+def test_each_erasure_has_a_receipt_of_its_own(store: Store) -> None:
+    """
+    Also one that had nothing to erase.
+    """
+    stones = [store.erase(ANNA, None, NOON, lambda digest: None) for _ in range(2)]
+    assert len({stone.receipt for stone in stones}) == 2
+    assert [(stone.erased_at, stone.versions) for stone in stones] == [(NOON, 0)] * 2
+
+
+def test_an_erasure_that_cannot_delete_the_bytes_changes_nothing(store: Store) -> None:
+    """
+    The version is there, and may be erased again.
+    """
+
+    def refuse(digest: str) -> None:
+        raise StorageFailed("full")
+
+    store.publish(draft(ANNA, 1), NOON, idem_key="one")
+    with pytest.raises(StorageFailed):
+        store.erase(ANNA, None, NOON, refuse)
+    assert store.publish(draft(ANNA, 1), NOON, idem_key="one", began_at=NOON).version == 1
+    assert erase(store, ANNA) == 1
+
+
+def test_the_global_versions_that_hold_an_update_are_told(store: Store) -> None:
+    """
+    Zoe's was accepted in rounds 1 and 2, adam's rejected, and nobody knows cyd.
+    """
+    store.commit_round(commit(1), NOON)
+    store.commit_round(commit(2), NOON)
+    store.commit_round(commit(3, contributions=()), NOON)
+    assert store.accepted_from(["zoe", "cyd"]) == (1, 2)
+    assert store.accepted_from(["adam"]) == ()
+
+
+def test_only_what_no_version_has_is_removed(store: Store) -> None:
+    """
+    Of 1, 2 and 3, anna has 1 and everyone 2.
+    """
+    store.publish(draft(ANNA, 1), NOON)
+    store.publish(draft(EVERYONE, 2), NOON)
+    removed: list[str] = []
+    store.remove_unused([digest(1), digest(2), digest(3)], removed.append)
+    assert removed == [digest(3)]
+    assert store.unused([digest(1), digest(3)]) == {digest(3)}
 
 
 def test_erasing_leaves_others_and_other_bases(store: Store) -> None:
@@ -297,21 +402,21 @@ def test_erasing_leaves_others_and_other_bases(store: Store) -> None:
     """
     for owner, base in ((ANNA, BASE), (ANNA, OTHER_BASE), (BOB, BASE), (EVERYONE, BASE)):
         store.publish(draft(owner, 1, base=base), NOON)
-    assert store.erase(ANNA, BASE) == 1
+    assert erase(store, ANNA, BASE) == 1
     assert store.versions(ANNA, BASE) == ()
     for owner, base in ((ANNA, OTHER_BASE), (BOB, BASE), (EVERYONE, BASE)):
         assert len(store.versions(owner, base)) == 1
-    assert store.erase(ANNA) == 1
+    assert erase(store, ANNA) == 1
 
 
 def test_erasing_nothing_is_no_error(store: Store) -> None:
     """
     A user without versions, or one who was erased before, has none to erase.
     """
-    assert store.erase(ANNA) == 0
+    assert erase(store, ANNA) == 0
     store.publish(draft(ANNA), NOON)
-    store.erase(ANNA)
-    assert store.erase(ANNA) == 0
+    erase(store, ANNA)
+    assert erase(store, ANNA) == 0
 
 
 def test_an_erased_user_owns_nothing(store: Store) -> None:
@@ -320,7 +425,7 @@ def test_an_erased_user_owns_nothing(store: Store) -> None:
     """
     store.publish(draft(ANNA), NOON)
     store.publish(draft(BOB), NOON)
-    store.erase(ANNA)
+    erase(store, ANNA)
     assert store.owners("user") == (BOB,)
 
 
@@ -330,21 +435,24 @@ def test_everyones_versions_are_not_erased(store: Store) -> None:
     """
     store.commit_round(commit(0), NOON)
     with pytest.raises(BadInput, match="name a user"):
-        store.erase(EVERYONE)
+        erase(store, EVERYONE)
     assert len(store.versions(EVERYONE, BASE)) == 1
 
 
 def test_bytes_that_somebody_else_has_are_shared(store: Store) -> None:
     """
-    Of anna's bytes 1, 2 and 3, bob has 2, and she has 3 on another base too.
+    Of anna's bytes 1, 2 and 3, bob has 2, and she has 3 on another base too: they are removed with
+    the last of her versions, and 2 never.
     """
     for number in (1, 2, 3, 1):
         store.publish(draft(ANNA, number), NOON)
     store.publish(draft(BOB, 2), NOON)
     store.publish(draft(ANNA, 3, base=OTHER_BASE), NOON)
-    assert store.unshared(ANNA, BASE) == {digest(1)}
-    assert store.unshared(ANNA) == {digest(1), digest(3)}
-    assert store.unshared(Owner.user("zoe")) == frozenset()
+    removed: list[str] = []
+    store.erase(ANNA, BASE, NOON, removed.append)
+    assert removed == [digest(1)]
+    store.erase(ANNA, None, NOON, removed.append)
+    assert removed == [digest(1), digest(3)]
 
 
 def test_a_new_store_has_no_round(store: Store) -> None:
@@ -515,7 +623,7 @@ def test_erasing_while_publishing_leaves_no_gap(store: Store) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         publishing = pool.map(publish_twenty, range(2))
-        erased = sum(store.erase(ANNA) for _ in range(10))
+        erased = sum(erase(store, ANNA) for _ in range(10))
         versions = sorted(v for published in publishing for v in published)
     assert versions == list(range(1, 41))
     assert erased + len(store.versions(ANNA, BASE)) == 40
@@ -536,8 +644,8 @@ def test_a_text_that_cannot_be_kept_is_not_found(store: Store) -> None:
         with pytest.raises(NotFound):
             find()
     assert store.versions(ANNA, NUL) == ()
-    assert store.unshared(ANNA, NUL) == frozenset()
-    assert store.erase(ANNA, NUL) == 0
+    assert store.revision(ANNA, NUL) == 0
+    assert erase(store, ANNA, NUL) == 0
 
 
 def test_a_text_that_cannot_be_kept_is_not_taken(store: Store) -> None:
@@ -579,7 +687,7 @@ def test_bases_are_those_with_versions(store: Store) -> None:
     store.publish(draft(ANNA, 3), NOON)
     assert store.bases(ANNA) == (BASE, OTHER_BASE)
     assert store.bases(BOB) == ()
-    store.erase(ANNA, OTHER_BASE)
+    erase(store, ANNA, OTHER_BASE)
     assert store.bases(ANNA) == (BASE,)
 
 
@@ -747,7 +855,7 @@ def test_every_change_of_what_is_served_counts(store: Store) -> None:
     change(store.move_alias(move(1, owner=ANNA), NOON))
     change(store.yank(ANNA, BASE, 2))
     change(store.unyank(ANNA, BASE, 2))
-    change(store.erase(ANNA))
+    change(erase(store, ANNA))
     change(store.publish(draft(ANNA, 3), NOON))
     assert seen == list(range(8))
     store.publish(draft(BOB, 1), NOON, "key"), store.publish(draft(BOB, 1), NOON, "key")
@@ -764,7 +872,7 @@ def test_an_erased_users_aliases_are_gone(store: Store) -> None:
     for owner in (ANNA, BOB):
         store.move_alias(move(1, owner=owner), NOON)
         store.yank(owner, BASE, 2)
-    assert store.erase(ANNA) == 3
+    assert erase(store, ANNA) == 3
     assert store.aliases(ANNA, BASE) == ()
     assert store.alias_events(ANNA, BASE, "stable") == ()
     assert store.alias(BOB, BASE, "stable").version == 1
@@ -788,3 +896,20 @@ def test_of_concurrent_movers_one_moves(store: Store) -> None:
     with ThreadPoolExecutor(7) as movers:
         assert sum(movers.map(try_it, range(1, 8))) == 1
     assert [e.rev for e in store.alias_events(EVERYONE, BASE, "stable")] == [2, 1]
+
+
+def test_every_version_comes_in_pages_by_digest(store: Store) -> None:
+    """
+    All owners' and bases', each once, those with the same bytes too.
+    """
+    for owner, number in ((ANNA, 3), (BOB, 1), (EVERYONE, 2), (BOB, 3), (ANNA, 3)):
+        store.publish(draft(owner, number), NOON)
+    store.publish(draft(ANNA, 1, base=OTHER_BASE), NOON)
+    seen: list[AdapterRecord] = []
+    while page := store.every_version(seen[-1] if seen else None, limit=2):
+        seen += page
+    assert [r.digest for r in seen] == [digest(n) for n in (1, 1, 2, 3, 3, 3)]
+    assert len({(r.owner, r.base, r.version) for r in seen}) == 6
+    assert list(store.faults()) == []
+    with pytest.raises(BadSetting):
+        store.every_version(limit=0)

@@ -16,6 +16,7 @@ from fedia3.errors import (
     BadInput,
     Conflict,
     Corrupt,
+    Erased,
     Fedia3Error,
     NotAllowed,
     NotFound,
@@ -618,7 +619,27 @@ def test_a_user_erases_their_own(
     assert not service.registry.blobs.has(first.digest)
     assert unnamed(bob.resolve(BOB)) == kept
     assert anna.fetch(EVERYONE).data == encoding.encode(everyone)
-    assert anna.publish(make_part(everyone, 1, 0, 0, 0, 0)).version == 2
+    with pytest.raises(Erased, match="a new key"):
+        anna.publish(make_part(everyone, 1, 0, 0, 0, 0))
+    assert anna.publish(make_part(everyone, 1, 0, 0, 0, 0), idem_key="anew").version == 2
+
+
+def test_a_part_begun_before_the_erasure_is_refused(
+    anna: Phone, service: RunningService, everyone: Adapter, make_part
+) -> None:
+    """
+    One that has trained for an hour is not taken after an erasure of this moment, nor after a
+    million years; its bytes are not kept. One begun since is, and no age is negative.
+    """
+    part = make_part(everyone, 1, 0, 0, 0, 0)
+    anna.erase()
+    for age_ms in (3_600_000, 2**62):
+        with pytest.raises(Erased, match="train it anew"):
+            anna.publish(part, age_ms=age_ms)
+    assert not service.registry.blobs.has(encoding.digest(encoding.encode_personal(part)))
+    with pytest.raises(BadInput, match="age_ms"):
+        anna.publish(part, age_ms=-1)
+    assert anna.publish(part).version == 1
 
 
 def test_a_user_erases_on_one_base(anna: Phone, everyone: Adapter, make_part) -> None:
