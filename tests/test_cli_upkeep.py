@@ -125,3 +125,24 @@ def test_a_backup_is_restored_without_whom_was_erased_since(
     assert fedia3("restore", tmp_path / "backup", "--at", tmp_path / "third") == 0
     assert "who was erased since then is back" in capfd.readouterr().out
     assert fedia3("versions", "--user", "ann", "--at", tmp_path / "third") == 0
+
+
+def test_a_registry_on_a_server_is_the_servers_to_back_up(
+    fedia3: Command, own: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """
+    3, with what to do instead; nothing is written.
+    """
+    place = tmp_path / "federation"
+    place.mkdir()
+    (place / "coordinator.toml").write_text(
+        '[coordinator]\nhosts = ["a"]\nbase = "tiny"\n'
+        '[registry]\ndatabase = "postgresql://nobody@localhost/none"\n'
+    )
+    assert fedia3("backup", tmp_path / "backup", "--at", place) == 3
+    assert "pg_dump" in capfd.readouterr().err
+    assert not (tmp_path / "backup").exists()
+    assert fedia3("backup", tmp_path / "backup", "--at", own) == 0
+    assert fedia3("restore", tmp_path / "backup", "--at", place) == 3
+    assert "fedia3 registry copy" in capfd.readouterr().err
+    assert not (place / "registry").exists()

@@ -235,7 +235,8 @@ class SqlDirectory:
     @retried
     def forget_user(self, user: str, now_ms: int) -> bool:
         """See :meth:`fedia3.coordinator.directory.Directory.forget_user`."""
-        theirs = DeviceRow.user_name == findable(user)
+        user = findable(user)
+        theirs = DeviceRow.user_name == user
         with self._database.writing(_DIRECTORY) as connection:
             for device_id in connection.scalars(select(DeviceRow.device_id).where(theirs)).all():
                 _end_tokens(connection, device_id)

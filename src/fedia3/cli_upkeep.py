@@ -97,9 +97,14 @@ def restore(
     Move what is broken aside first, and name it with --erasures.
     """
     from fedia3.coordinator.backup import restore as restored  # noqa: PLC0415  # --help stays fast
-    from fedia3.coordinator.config import FILE_NAME  # noqa: PLC0415  # as above
+    from fedia3.coordinator.config import FILE_NAME, read_config  # noqa: PLC0415  # as above
 
     folder = at / "registry" if (at / FILE_NAME).is_file() else at
+    if (at / FILE_NAME).is_file() and read_config(at).database:
+        raise BadSetting(
+            f"the settings in {at} name a database; restore into a new folder and copy that into "
+            "an empty one by `fedia3 registry copy`"
+        )
     with err.status("restoring"):
         manifest = restored(source, folder, registry_folder(erasures) if erasures else None)
     if as_json:
@@ -145,7 +150,10 @@ def erase(
             "devices' ids, in a simulation's registry by the user's name"
         )
     if not receipt.traceless:
-        out.print("the database's log was in use and may hold the past; erase once more")
+        out.print(
+            "the database's files may go on holding the past: of registry.db the log was in use, "
+            "erase once more; PostgreSQL lets go of it as it vacuums and uses its log again"
+        )
 
 
 @registry_app.command()

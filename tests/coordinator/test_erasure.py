@@ -7,21 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 
 from fedia3.adapters import encoding
 from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema, Target
 from fedia3.coordinator.directory import Device, Directory, Invite, Token, open_directory
 from fedia3.coordinator.erasure import erase_user
-from fedia3.coordinator.records import Contribution, Owner
+from fedia3.coordinator.records import AliasMove, Contribution, Owner
 from fedia3.coordinator.registry import Registry
+from fedia3.coordinator.stores.engine import Database, Table
 from fedia3.errors import Erased
 
 BASE = "b" * 64
 SCHEMA = Schema(BASE, (Target("layers.0.k", "k", 64),))
 ONES = Adapter(SCHEMA, np.ones(64, np.float32))
 NOW = 1_900_000_000_000
-NAME = "Zoë Unverwechselbar"
+NAME, ALIAS = "Zoë Unverwechselbar", "zoes-favourite"
 
 
 @pytest.fixture
@@ -58,6 +60,16 @@ def publish(registry: Registry, user: str, seed: int) -> PersonalAdapter:
     return part
 
 
+def promote(registry: Registry, user: str) -> None:
+    """An alias that tells whose it is, moved by somebody who does, too; a yank beside it."""
+    owner = Owner.user(user)
+    move = AliasMove(
+        owner=owner, base=BASE, name=ALIAS, version=1, actor=f"{user}'s phone", reason=f"{user}: ok"
+    )
+    registry.promote(move)
+    registry.store.yank(owner, BASE, 2)
+
+
 def found_in(folder: Path, pattern: bytes) -> list[str]:
     """The files below a folder that hold these bytes."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -68,9 +80,9 @@ def test_nothing_on_the_disk_tells_of_an_erased_user(
     registry: Registry, directory: Directory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    Among 200 users with three versions each, over many pages: before the erasure their name, bytes
-    and digests are found in the database, its log or a blob; after it nowhere, with everything
-    still open, and not in what was logged.
+    Among 200 users with three versions each, over many pages: before the erasure their name, bytes,
+    digests and alias are found in the database, its log or a blob; after it nowhere, with
+    everything still open, and not in what was logged.
     """
     caplog.set_level(logging.DEBUG)
     parts = []
@@ -79,8 +91,10 @@ def test_nothing_on_the_disk_tells_of_an_erased_user(
         published = [publish(registry, user, 3 * number + n) for n in range(3)]
         enrol(directory, number, user)
         parts += published if user == NAME else []
+    promote(registry, NAME)
     files = [encoding.encode_personal(part) for part in parts]
     told = [NAME.encode(), f"{NAME} 301".encode(), f"{NAME}'s phone".encode()]
+    told += [ALIAS.encode(), f"{NAME}: ok".encode()]
     told += [encoding.digest(data).encode() for data in files]
     told += [encoding.digest(data).encode()[4:] for data in files]
     told += [part.delta.tobytes() for part in parts]
@@ -88,8 +102,37 @@ def test_nothing_on_the_disk_tells_of_an_erased_user(
     receipt = erase_user(registry, directory, NAME)
     assert receipt.traceless
     assert [found_in(tmp_path, pattern) for pattern in told] == [[]] * len(told)
-    assert not any(pattern.decode(errors="replace") in caplog.text for pattern in told[:3])
+    assert not any(pattern.decode(errors="replace") in caplog.text for pattern in told[:5])
     assert len(registry.owners("user", limit=300)) == 199
+
+
+def test_no_row_in_postgresql_tells_of_an_erased_user(postgres_url: str, tmp_path: Path) -> None:
+    """
+    Of all rows of all tables, and of the blobs. What lies in the server's files is the server's
+    affair, and the receipt does not promise it.
+    """
+
+    def rows() -> str:
+        with database.reading() as reader:
+            tables = [reader.execute(select(table)).all() for table in Table.metadata.sorted_tables]
+        return repr(tables)
+
+    with (
+        Registry.open(tmp_path, postgres_url) as registry,
+        closing(open_directory(tmp_path, postgres_url)) as directory,
+        closing(Database(postgres_url)) as database,
+    ):
+        registry.publish_global(ONES)
+        parts = [publish(registry, NAME, seed) for seed in range(2)]
+        enrol(directory, 0, NAME)
+        promote(registry, NAME)
+        digests = [encoding.digest(encoding.encode_personal(part)) for part in parts]
+        told = [NAME, f"{NAME} 1", f"{NAME}'s phone", f"{NAME}: ok", ALIAS, *digests]
+        assert all(pattern in rows() for pattern in told)
+        receipt = erase_user(registry, directory, NAME)
+        assert (receipt.versions, receipt.traceless) == (2, False)
+        assert not any(pattern in rows() for pattern in told)
+        assert not any(registry.blobs.has(digest) for digest in digests)
 
 
 def test_the_receipt_says_what_was_deleted_and_what_stays(

@@ -12,8 +12,9 @@ from fedia3.adapters.adapter import Adapter, PersonalAdapter
 from fedia3.adapters.schema import Schema, Target
 from fedia3.coordinator import inspection
 from fedia3.coordinator.inspection import Inspected, inspect
-from fedia3.coordinator.records import Contribution, Owner
+from fedia3.coordinator.records import AdapterDraft, Contribution, Owner
 from fedia3.coordinator.registry import Registry
+from fedia3.coordinator.stores.engine import Database
 
 BASE = "b" * 64
 SCHEMA = Schema(BASE, (Target("layers.0.k", "k", 2),))
@@ -28,16 +29,21 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """Three rounds and two versions of anna's."""
+    """One of everything, in a file."""
     with Registry.open(tmp_path) as registry:
-        for number in range(1, 4):
-            scales = Adapter(SCHEMA, np.array([1, number], np.float32))
-            registry.commit_round(number, b"state", scales, [Contribution("c", "accepted")])
-        anchor = registry.versions(EVERYONE, BASE)[0].digest
-        for number in range(2):
-            part = PersonalAdapter(SCHEMA, np.full(2, number, np.float32), anchor)
-            registry.publish_personal("anna", part, num_examples=1)
+        fill(registry)
         yield registry
+
+
+def fill(registry: Registry) -> None:
+    """Three rounds and two versions of anna's."""
+    for number in range(1, 4):
+        scales = Adapter(SCHEMA, np.array([1, number], np.float32))
+        registry.commit_round(number, b"state", scales, [Contribution("c", "accepted", norm=0.5)])
+    anchor = registry.versions(EVERYONE, BASE)[0].digest
+    for number in range(2):
+        part = PersonalAdapter(SCHEMA, np.full(2, number, np.float32), anchor)
+        registry.publish_personal("anna", part, num_examples=1)
 
 
 def looked_at(registry: Registry) -> Inspected:
@@ -82,11 +88,9 @@ def test_bytes_that_are_not_what_the_database_says_are_named(registry: Registry)
     """
     part = registry.versions(ANNA, BASE)[0]
     for digest in (part.digest, registry.blobs.put(b"garbage")):
-        draft = {
-            k: v for k, v in vars(part).items() if k not in ("version", "created_at", "yanked")
-        }
+        draft = {k: v for k, v in vars(part).items() if k in AdapterDraft.__annotations__}
         draft |= {"digest": digest, "global_digest": "0" * 64, "parent": None}
-        registry.store.publish(type(part).__bases__[0](**draft), part.created_at)
+        registry.store.publish(AdapterDraft(**draft), part.created_at)
     named = inspect(registry).named
     assert len(named) == 2
     assert any("its file says global" in fault for fault in named)
@@ -137,6 +141,35 @@ def test_a_changed_value_in_a_sound_database_is_named(
             database.execute(f"DROP TRIGGER {table}_immutable")
         database.execute(change)
     assert any(said in fault for fault in looked_at(registry).named)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("UPDATE adapter_version SET num_examples = 9 WHERE version = 3", "version 3 of 'every"),
+        ("UPDATE contribution SET norm = 0.25 WHERE round_num = 2", "round 2 was changed"),
+        ("UPDATE server_state SET state = '\\x00'", "the server state was changed"),
+        ("DELETE FROM adapter_version WHERE version = 2 AND form = 'personal'", "1 sealed rows"),
+        ("UPDATE adapter SET next_version = 2 WHERE owner_kind = 'user'", "the next version of"),
+    ],
+)
+def test_what_is_changed_in_postgresql_is_named(
+    postgres_url: str, tmp_path: Path, change: str, said: str
+) -> None:
+    """
+    Whole before, one fault after.
+    """
+    with (
+        Registry.open(tmp_path, postgres_url) as registry,
+        closing(Database(postgres_url)) as database,
+    ):
+        fill(registry)
+        assert (looked_at(registry).versions, looked_at(registry).named) == (5, [])
+        with database.writing() as connection:
+            for table in ("adapter_version", "contribution"):
+                connection.exec_driver_sql(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+            connection.exec_driver_sql(change)
+        assert [said in fault for fault in looked_at(registry).named] == [True]
 
 
 def test_a_row_that_no_record_can_hold_is_named(registry: Registry, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ from fedia3.coordinator.registry import Registry
 schema = Schema({BASE!r}, (Target("layers.0.k", "k", 2),))
 one = encoding.digest(encoding.encode(Adapter(schema, np.ones(2, np.float32))))
 folder, user, cycles = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-registry = Registry.open(folder)
+registry = Registry.open(folder, sys.argv[4] or None)
 for cycle in range(cycles):
     part = PersonalAdapter(schema, np.full(2, cycle % 3, np.float32), one)
     record = registry.publish_personal(user, part, num_examples=1)
@@ -132,18 +132,30 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """The file in the folder, or a database on a server."""
+    if request.param == "sqlite":
+        return None
+    return str(request.getfixturevalue("postgres_url"))
+
+
 @pytest.mark.parametrize("cycles", [100, pytest.param(3400, marks=pytest.mark.slow)])
-def test_no_bytes_of_a_version_are_ever_collected(fast_folder: Path, cycles: int) -> None:
+def test_no_bytes_of_a_version_are_ever_collected(
+    fast_folder: Path, database: str | None, cycles: int
+) -> None:
     """
     Three processes publish the same three parts, and erase them at every second turn, while this
     one collects without any grace: each finds what it published, and nothing lacks its bytes.
     """
     collected = 0
-    with Registry.open(fast_folder) as registry:
+    with Registry.open(fast_folder, database) as registry:
         registry.publish_global(Adapter(SCHEMA, np.ones(2, np.float32)))
         command = [sys.executable, "-c", PUBLISH, str(fast_folder)]
         publishing = [
-            subprocess.Popen([*command, user, str(cycles)], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, user, str(cycles), database or ""], stdout=subprocess.PIPE, text=True
+            )
             for user in ("anna", "bob", "cyd")
         ]
         while any(process.poll() is None for process in publishing):
