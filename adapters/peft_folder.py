@@ -30,7 +30,7 @@ from fedia3.adapters.safetensors_header import (
     tensor_values,
 )
 from fedia3.adapters.schema import Schema, Target
-from fedia3.errors import BadAdapter, BadInput, BadSetting, WrongBaseModel
+from fedia3.errors import BadAdapter, BadInput, BadSetting, StorageFailed, WrongBaseModel
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"]
 
@@ -96,7 +96,7 @@ def write_peft_folder_for(
 
     Raises:
         BadSetting: the base is no language model and no classifier.
-        BadInput, BadAdapter: as above.
+        BadInput, BadAdapter, StorageFailed: as there.
     """
     architecture = base.created_from.architecture
     write_peft_folder(
@@ -129,6 +129,7 @@ def write_peft_folder(
         BadInput: the folder holds other things than a PEFT adapter, or the notes are too long.
         BadAdapter: a module would need two vectors, which PEFT cannot say, or the values are
             such that no reader would take them.
+        StorageFailed: the folder cannot be made or written.
     """
     modules = _scaled_modules(adapter.schema)
     require_scales(adapter.vector)
@@ -137,11 +138,17 @@ def write_peft_folder(
     metadata = {**(notes or {}), "format": "pt", BASE_DIGEST: adapter.schema.base_digest}
     if (size := len(json.dumps(metadata))) > PEFT_FILES.max_metadata_bytes:
         raise BadInput(f"notes take {size} bytes, readers take {PEFT_FILES.max_metadata_bytes}")
-    _require_ours(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The config last: without it, what a crash leaves behind does not load.
-    _replace(folder / MODEL, file_bytes(tensors, metadata))
-    _replace(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    try:
+        _require_ours(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The config last: without it, what a crash leaves behind does not load.
+        _replace(folder / MODEL, file_bytes(tensors, metadata))
+        _replace(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    except OSError as error:
+        raise StorageFailed(
+            f"cannot write an adapter to {folder}: {error.strerror}; choose another folder or make "
+            "room"
+        ) from error
 
 
 def read_peft_folder(

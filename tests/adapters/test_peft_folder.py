@@ -29,7 +29,7 @@ from transformers import (
 from fedia3.adapters.adapter import Adapter
 from fedia3.adapters.peft_folder import TaskType, read_peft_folder, write_peft_folder
 from fedia3.adapters.schema import Part, Schema, Target
-from fedia3.errors import BadAdapter, BadInput, WrongBaseModel
+from fedia3.errors import BadAdapter, BadInput, StorageFailed, WrongBaseModel
 
 BASE = "b" * 64
 
@@ -470,6 +470,20 @@ def test_a_file_in_the_folders_place_is_left_alone(tmp_path: Path):
     with pytest.raises(BadInput, match="is a file"):
         write_peft_folder(
             _some_adapter(LINEAR), tmp_path / "notes", base_name="one", task_type="CAUSAL_LM"
+        )
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
+    """
+    Below a file, where nobody can make one.
+    """
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageFailed, match="choose another folder"):
+        write_peft_folder(
+            Adapter.ones(Schema(BASE, (Target("h.0.k_proj", "k", 2),))),
+            tmp_path / "file" / "adapter",
+            base_name="base",
+            task_type="CAUSAL_LM",
         )
 
 
